@@ -207,9 +207,7 @@ class OptimConfig:
                 "the first of optim.points is the warmup",
             )
         else:
-            require(
-                not self.points, f"optim.points has no effect with optim.schedule={self.schedule}: use piecewise"
-            )
+            require(not self.points, f"optim.points has no effect with optim.schedule={self.schedule}: use piecewise")
         require(
             (self.decay_steps is not None) == (self.schedule == "wsd"),
             f"optim.decay_steps={self.decay_steps} does not fit optim.schedule={self.schedule}: "

@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Train a model: the program that `deepspeed` launches on each rank."""
+
+import argparse
+
+from megakexue.config import check_inputs, load_config, run_program
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  deepspeed --num_accelerators 8 launch/train.py configs/1b.yaml train.run=runs/1b
+  deepspeed --num_accelerators 2 launch/train.py configs/tiny_gqa.yaml engine.zero_stage=3 train.steps=30
+  launch/train.py configs/tiny_gqa.yaml            one process
+
+Every key is in megakexue/config.py with its meaning and default. The same command again goes on from the newest
+checkpoint of train.run. Exit codes: 0 done, 1 failed, 2 a mistake in the command, the config or the data.""",
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/tiny_gqa.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher; the environment says it
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    check_inputs(config)
+    from megakexue.train import train  # seconds of imports, which a mistake in the config should not cost
+
+    train(config)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,220 @@
+"""Checkpoints: everything a run needs to go on, over segments, so free of world size and ZeRO stage.
+
+    checkpoints/
+      latest                        the name of the newest folder
+      step_00000500/
+        rank_00000.safetensors      kind/parameter/start -> elements from start on; kind: master, exp_avg, ...
+        rank_00001.safetensors      ... and rng/* of that rank
+        trainer.json                step, tokens, data position, guard, config
+        manifest.json               size and sha256 of each of these; written last
+
+Each rank writes the elements it owns. A folder is written under a temporary name, synced, and renamed, so a folder
+with its final name is whole; loading checks the hashes all the same, and falls back to the folder before, saying so.
+Each rank reads only the ranges it owns, by mmap, whichever rank wrote them. Nothing is unpickled.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megakexue import dist
+from megakexue.config import UserError, read_json, sha256
+from megakexue.engine import Engine
+from megakexue.optim import Segment
+
+FORMAT = 1
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The finished checkpoints, newest first."""
+    return sorted((path for path in checkpoints.glob("step_*") if path.suffix != ".tmp"), reverse=True)
+
+
+def save(checkpoints: Path, engine: Engine, trainer: dict[str, Any], *, step: int, keep_last: int) -> Path:
+    """Write the checkpoint of `step`, on all ranks together, and remove all but the newest `keep_last`.
+
+    Args:
+        trainer: JSON values, the same on every rank.
+    """
+    ranks = engine.ranks
+    final = checkpoints / f"step_{step:08d}"
+    folder = final.with_suffix(".tmp")
+    if ranks.is_first:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in checkpoints.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        folder.mkdir()
+    dist.barrier()
+    tensors = {f"rng/{name}": state for name, state in _random_state().items()}
+    for i, (segment, views) in enumerate(engine.state_tensors(engine.state_kinds)):
+        if engine.is_sharded or i % ranks.world_size == ranks.rank:
+            tensors |= {f"{kind}/{segment.name}/{segment.start}": view.cpu() for kind, view in views.items()}
+    name = f"rank_{ranks.rank:05d}.safetensors"
+    # a copy, since safetensors refuses views that share storage
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / name)
+    entries = _gather({name: _seal(folder / name)}, ranks.world_size)
+    if ranks.is_first:
+        _write_json(folder / "trainer.json", trainer)
+        entries["trainer.json"] = _seal(folder / "trainer.json")
+        _write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": entries})
+        _seal(folder / "manifest.json")
+        if final.exists():  # a run that fell back beyond a damaged checkpoint has come here again
+            shutil.rmtree(final)
+        os.rename(folder, final)
+        _write_json(checkpoints / "latest.tmp_file", final.name)
+        os.replace(checkpoints / "latest.tmp_file", checkpoints / "latest")
+        _sync_folder(checkpoints)
+        for old in step_folders(checkpoints)[keep_last:]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def find(checkpoints: Path, ranks: dist.Ranks) -> tuple[Path | None, list[str]]:
+    """Return the newest sound checkpoint (None: there is none) and a line on each damaged one that was passed over.
+
+    Every rank checks the hashes of its share of the files, and all agree on the result.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged.
+    """
+    folders = step_folders(checkpoints)
+    warnings: list[str] = []
+    for folder in folders:
+        fault = _fault(folder, ranks)
+        faults = [f for f in _gather({str(ranks.rank): fault}, ranks.world_size).values() if f]
+        if not faults:
+            return folder, warnings
+        warnings.append(f"checkpoint {folder} is damaged and is not used: {faults[0]}")
+    if folders:
+        raise UserError(
+            f"no sound checkpoint in {checkpoints}: {'; '.join(warnings)}. Restore a folder, or move {checkpoints} "
+            "away to start from the beginning"
+        )
+    return None, warnings
+
+
+def _fault(folder: Path, ranks: dist.Ranks) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files, or None."""
+    try:
+        manifest = read_json(folder / "manifest.json", "the manifest of a checkpoint")
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']} is not {FORMAT}"
+        for i, (name, entry) in enumerate(sorted(manifest["files"].items())):
+            if name != Path(name).name:
+                return f"the manifest names {name!r}, which is outside the folder"
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != entry["size"]:
+                return f"{name} has {(folder / name).stat().st_size} bytes instead of {entry['size']}"
+            if i % ranks.world_size == ranks.rank and sha256(folder / name) != entry["sha256"]:
+                return f"{name} does not have the sha256 of the manifest"
+    except (UserError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+class Reader:
+    """Reads ranges of a checkpoint's state tensors, from whichever files hold them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("rank_*.safetensors"))]
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}
+        for number, file in enumerate(self._files):
+            for key in file.keys():
+                kind, name, start = key.split("/") if key.count("/") == 2 else (key, "", "0")
+                if name:
+                    length = file.get_slice(key).get_shape()[0]
+                    piece = (int(start), int(start) + length, number, key)
+                    self._pieces.setdefault((kind, name), []).append(piece)
+
+    def read(self, kind: str, segment: Segment) -> Tensor:
+        """Return the elements of a segment, float32, from the pieces that overlap it.
+
+        Raises:
+            UserError: the checkpoint does not hold all of them.
+        """
+        out = torch.empty(segment.numel)
+        n_read = 0
+        for start, stop, number, key in self._pieces.get((kind, segment.name), ()):
+            low, high = max(start, segment.start), min(stop, segment.stop)
+            if low < high:
+                part = self._files[number].get_slice(key)[low - start : high - start]
+                out[low - segment.start : high - segment.start] = part
+                n_read += high - low
+        if n_read != segment.numel:
+            raise UserError(
+                f"{self.folder} holds {n_read} of the {segment.numel} elements {segment.start}:{segment.stop} of "
+                f"{segment.name} ({kind}): it was written by another model or optimizer"
+            )
+        return out
+
+    def restore_random_state(self, rank: int) -> bool:
+        """Put back the random state of `rank`; False when the checkpoint has none, from a smaller world."""
+        if rank >= len(self._files):
+            return False
+        file = self._files[rank]
+        torch.set_rng_state(file.get_tensor("rng/cpu"))
+        if torch.cuda.is_available() and "rng/cuda" in file.keys():
+            torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))
+        return True
+
+
+def load(folder: Path, engine: Engine, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Restore engine, optimizer, guard and random state from a checkpoint; return the trainer's values.
+
+    Args:
+        check: called with those values before anything is read; raises to refuse them.
+    """
+    trainer = read_json(folder / "trainer.json", "the trainer's state")
+    check(trainer)
+    reader = Reader(folder)
+    engine.load(reader.read, engine.state_kinds)
+    engine.optimizer.set_n_updates(trainer["n_updates"])
+    engine.guard.load_state_dict(trainer["guard"])
+    reader.restore_random_state(engine.ranks.rank)
+    engine.check_weights()
+    return trainer
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Push a file to the disk and return its manifest entry."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _gather(own: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Merge a small dict of every rank, on every rank."""
+    if world_size == 1:
+        return own
+    parts: list[Any] = [None] * world_size
+    torch_dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}

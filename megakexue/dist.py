@@ -1,0 +1,79 @@
+"""Ranks: who am I, and the few collectives that the trainer itself calls.
+
+A launcher sets RANK, WORLD_SIZE, LOCAL_RANK and the address of rank 0; without them this process is a world of one.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from megakexue.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    """Ranks on this node."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def read_ranks() -> Ranks:
+    """Read this process's place in the world from the environment of the launcher.
+
+    Raises:
+        UserError: only some of the launcher's variables are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name) for name in names]
+    if values == [None, None, None]:
+        return Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    missing = [name for name, value in zip(names, values) if value is None]
+    if missing:
+        raise UserError(f"the launcher set some of {names} but not {missing}: start with `deepspeed launch/train.py`")
+    rank, world_size, local_rank = (int(value) for value in values if value is not None)
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or str(world_size)
+    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=int(local))
+
+
+def set_environment_of_one() -> None:
+    """Give a process that no launcher started the variables of a world of one, on a free port."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {
+            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add a small tensor over all ranks, in place; every rank gets the same bits."""
+    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+        torch_dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+        # an all-reduce instead of torch's barrier, which warns on NCCL when it has to guess the device
+        device = "cuda" if torch_dist.get_backend() == "nccl" else "cpu"
+        torch_dist.all_reduce(torch.zeros(1, device=device))
+
+
+def device() -> torch.device:
+    """The device of this rank: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", read_ranks().local_rank)
+    return torch.device("cpu")

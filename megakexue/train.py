@@ -1,0 +1,255 @@
+"""The training loop: one readable function, from the config to the last checkpoint.
+
+    run/
+      config.yaml        the merged config as used, scales resolved
+      source.txt         commit and hash of the uncommitted difference
+      deepspeed.json     what DeepSpeed was given
+      tokenizer.model    a copy
+      metrics.jsonl      a record for each step (megakexue/metrics.py)
+      tensorboard/
+      checkpoints/       megakexue/checkpoint.py
+      logs/rank_N.log    what each rank did, and its traceback if it failed
+      cache/             shards of remote sources
+
+What must stay true: everything that the next step depends on is in the checkpoint, so that a run that was stopped and
+started again is bit for bit the run that was not.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as torch_dist
+
+from megakexue import checkpoint
+from megakexue.config import Config, UserError, require, to_yaml
+from megakexue.data import Batch, Batches, Position
+from megakexue.describe import describe, flops_per_token
+from megakexue.engine import Engine, start
+from megakexue.evaluate import validation_loss
+from megakexue.export import Bundle
+from megakexue.metrics import Metrics, StepRecord, memory_gib, peak_flops
+from megakexue.model import initial_weight, resolve
+from megakexue.optim import lr_factor
+
+log = logging.getLogger("megakexue")
+
+
+def train(config: Config) -> None:
+    """Train until `train.steps` (or `train.stop_at_step`), from the newest checkpoint of the run if there is one.
+
+    Raises:
+        UserError: the config, the data or an existing run folder do not fit each other.
+        TrainingStopped: the guard ended the run.
+    """
+    ranks = start(config.engine)
+    model_config = resolve(config.model, config.optim.name, config.data.seq_len)
+    config = dataclasses.replace(config, model=model_config)
+    config.train.n_micro_batches(ranks.world_size)  # refuses a batch that does not divide, before any folder is made
+    run = Path(config.train.run)
+    with ExitStack() as stack:
+        _open_log(run, ranks.rank)
+        source = _source()
+
+        def batches(split: str) -> Batches:
+            made = Batches(
+                config.data, split=split, global_batch_size=config.train.global_batch_size,
+                micro_batch_size=config.train.micro_batch_size, cache=Path(config.data.cache or run / "cache"),
+                **dataclasses.asdict(ranks),
+            )  # fmt: skip
+            stack.callback(made.close)
+            return made
+
+        data = batches("train")
+        valid = batches("valid") if config.evaluate.every_steps else None
+        folder, warnings = checkpoint.find(run / "checkpoints", ranks)
+        engine = Engine(config, ranks)
+        if folder is not None:
+            state = checkpoint.load(folder, engine, lambda trainer: _check_resume(trainer, config, data))
+            data.seek(Position(**state["position"]))
+            step, tokens = state["step"], state["tokens"]
+            origin = f"resumed from {folder}"
+        else:
+            step = tokens = 0
+            origin = _start_weights(engine, config)
+        n_steps = config.train.steps
+        last_step = config.train.stop_at_step or n_steps
+
+        metrics: Metrics | None = None
+        if ranks.is_first:
+            _describe_run(run, config, engine, source)
+            metrics = stack.enter_context(Metrics(run, config.metrics, n_steps=n_steps, resume_step=step))
+            for warning in warnings:
+                metrics.message(f"WARNING: {warning}")
+            peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype)
+            metrics.message(describe(config, ranks.world_size))
+            metrics.message(f"attention   {engine.module.backend}: {engine.backend_reason}")
+            metrics.message(f"start       {origin}\n{peak_source}")
+        log.info("step %d of %d: %s", step, n_steps, origin)
+        if step >= last_step and metrics:
+            metrics.message(f"nothing to do: {run} is at step {step}; raise train.steps to train on")
+
+        while step < last_step:
+            # ----- one optimizer step -----------------------------------------------------------------------------
+            began = time.perf_counter()
+            micro_batches = data.next_step()
+            lr = config.optim.lr * lr_factor(config.optim, step + 1, n_steps)
+            result = engine.train_step(micro_batches, lr, step + 1)
+            step, tokens = step + 1, tokens + result.n_targets
+            # --------------------------------------------------------------------------------------------------------
+            step_s = time.perf_counter() - began
+            if result.status != "applied":
+                rows = [data.locate(sample) for batch in micro_batches for sample in batch.samples]
+                log.warning("step %d %s: loss %s, norm %s, rows %s", step, result.status, result.loss,
+                            result.grad_norm, rows)  # fmt: skip
+            if metrics:
+                flops = flops_per_token(config.model, _mean_visible_keys(micro_batches)) * config.batch_tokens
+                metrics.log_step(
+                    StepRecord(
+                        step=step, loss=result.loss, grad_norm=result.grad_norm, lr=lr, tokens=tokens,
+                        tokens_per_s=result.n_targets / step_s, mfu=flops / step_s / (peak * ranks.world_size),
+                        memory_gib=memory_gib(engine.device), status=result.status,
+                        loss_scale=engine.guard.loss_scale, data_wait_s=data.wait_s, step_s=step_s,
+                        epoch=data.position.epoch + data.position.sample / data.n_rows,
+                    )
+                )  # fmt: skip
+            if valid and config.evaluate.every_steps and (step % config.evaluate.every_steps == 0 or step == n_steps):
+                loss, n_tokens = validation_loss(engine, valid, config.evaluate.n_rows)
+                if metrics:
+                    metrics.log_validation(step, loss, n_tokens)
+            if step % config.checkpoint.every_steps == 0 or step == last_step:
+                trainer = {
+                    "step": step, "tokens": tokens, "position": dataclasses.asdict(data.position),
+                    "n_updates": engine.n_updates(), "guard": engine.guard.state_dict(), "data": data.fingerprint,
+                    "source": source, "world_size": ranks.world_size, "model": dataclasses.asdict(config.model),
+                    "optim": dataclasses.asdict(config.optim),
+                }  # fmt: skip
+                path = checkpoint.save(
+                    run / "checkpoints", engine, trainer, step=step, keep_last=config.checkpoint.keep_last
+                )
+                log.info("saved %s", path)
+        if metrics and step < n_steps:
+            metrics.message(f"stopped at step {step}, as train.stop_at_step says; the same command without it goes on")
+    log.info("done at step %d", step)
+    torch_dist.destroy_process_group()
+
+
+def _start_weights(engine: Engine, config: Config) -> str:
+    """Fill the masters of a run that has no checkpoint; return where they come from."""
+    if config.train.init_from is None:
+        seed = config.train.seed
+        whole: dict[str, Any] = {}
+
+        def initial(kind: str, segment: Any) -> Any:
+            if segment.name not in whole:  # segments of a parameter follow one another: one whole tensor at a time
+                whole.clear()
+                whole[segment.name] = initial_weight(segment.name, config.model, seed).view(-1)
+            return whole[segment.name][segment.start : segment.stop]
+
+        engine.load(initial)
+        engine.check_weights()
+        return f"new weights from train.seed={seed}"
+    bundle = Bundle(config.train.init_from)
+    differing = _differences(dataclasses.asdict(bundle.config), dataclasses.asdict(config.model))
+    # neither changes what the weights compute
+    differing = [line for line in differing if not line.startswith(("attention.backend", "branch_gain"))]
+    require(
+        not differing,
+        f"train.init_from={bundle.folder}: its model differs from `model`: {'; '.join(differing)}: "
+        f"copy the model section of {bundle.folder}/config.yaml",
+    )
+    engine.load(bundle.read)
+    engine.check_weights()
+    return f"weights of {bundle.folder}"
+
+
+def _check_resume(trainer: dict[str, Any], config: Config, data: Batches) -> None:
+    """Refuse to go on from a checkpoint of another model, optimizer family or order of data."""
+    differing = _differences(trainer["model"], dataclasses.asdict(config.model))
+    differing = [line for line in differing if not line.startswith("attention.backend")]
+    require(
+        not differing,
+        f"train.run={config.train.run} holds a checkpoint of another model: {'; '.join(differing)}: "
+        "undo the change, or choose another train.run",
+    )
+    require(
+        trainer["data"] == data.fingerprint,
+        f"train.run={config.train.run}: its checkpoint was made with other data.sources, weights, data.shuffle or "
+        "data.shuffle_seed, so its position in the data means nothing: undo the change, or start a new train.run from "
+        "an exported bundle (train.init_from)",
+    )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for each field that differs, such as `rope.base 10000.0 -> 59000.0`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key} {a} -> {b}")
+    return lines
+
+
+def _mean_visible_keys(batches: list[Batch]) -> float:
+    """Keys that a query sees on average: what attention really computes in packed rows."""
+    return sum(float(batch.positions.double().mean()) + 1 for batch in batches) / len(batches)
+
+
+def _source() -> str:
+    """The commit of this code and a hash of what is not committed; outside a repository, the version."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit, difference = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        from megakexue import __version__
+
+        return f"megakexue {__version__}"
+    if difference:
+        commit += f" with uncommitted changes {hashlib.sha256(difference.encode()).hexdigest()[:12]}"
+    return commit
+
+
+def _describe_run(run: Path, config: Config, engine: Engine, source: str) -> None:
+    """Write what this run is into its folder; the newest start counts."""
+    for name, text in {
+        "config.yaml": to_yaml(config),
+        "source.txt": source + "\n",
+        "deepspeed.json": json.dumps(engine.deepspeed_config, indent=1) + "\n",
+    }.items():
+        (run / name).write_text(text, encoding="utf-8")
+    shutil.copyfile(config.data.tokenizer, run / "tokenizer.model")
+
+
+def _open_log(run: Path, rank: int) -> None:
+    """Send this rank's log, and its traceback if it fails, to the run folder; tracebacks go to stderr as well."""
+    try:
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.run={run}: cannot make the run folder: {error}") from error
+    handler = logging.FileHandler(run / "logs" / f"rank_{rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.info("pid %d: %s", os.getpid(), " ".join(sys.argv))
+
+    def record(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        log.error("failed", exc_info=(kind, error, trace))
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = record
