@@ -2,6 +2,7 @@
 """Train a model: the program that `deepspeed` launches on each rank."""
 
 import argparse
+import os
 
 from megakexue.config import check_inputs, load_config, run_program
 
@@ -24,9 +25,14 @@ checkpoint of train.run. Exit codes: 0 done, 1 failed, 2 a mistake in the comman
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     check_inputs(config)
+    # threads that spin while they wait slow down the ranks beside them; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
     from megakexue.train import train  # seconds of imports, which a mistake in the config should not cost
 
     train(config)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def load(folder: Path, engine: Engine, check: Callable[[dict[str, Any]], None]) 
     check(trainer)
     reader = Reader(folder)
     engine.load(reader.read, engine.state_kinds)
-    engine.optimizer.set_n_updates(trainer["n_updates"])
+    engine.optimizer.n_updates = trainer["n_updates"]
     engine.guard.load_state_dict(trainer["guard"])
     reader.restore_random_state(engine.ranks.rank)
     engine.check_weights()

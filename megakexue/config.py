@@ -23,6 +23,9 @@ from typing import Any, Literal, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+IGNORED = -100
+"""The target of a position that predicts nothing."""
+
 
 class UserError(ValueError):
     """Something that a user wrote is wrong. The message is one line: what, where, what to do. Exit code 2."""

@@ -64,6 +64,8 @@ def start(config: EngineConfig) -> dist.Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # true of fused kernels only: plain fp16 works on any CPU, slowly
         get_accelerator().is_fp16_supported = lambda: True
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.read_ranks().local_world_size))
     else:
         torch.cuda.set_device(dist.device())
     deepspeed.init_distributed(timeout=timedelta(seconds=config.timeout_s), verbose=False)
@@ -212,6 +214,8 @@ class Engine:
         elif hasattr(inner, "single_partition_of_fp32_groups"):
             inner.update_lp_params()
         else:
+            # small parameters are kept gathered, and gathering them again would keep the old values
+            inner._partition_all_parameters()
             for weights, master in zip(inner.fp16_partitioned_groups_flat, inner.fp32_partitioned_groups_flat):
                 weights.data.copy_(master.data)
             for i in range(len(inner.fp16_partitioned_groups_flat)):
@@ -301,9 +305,3 @@ class Engine:
             for p in self.module.parameters():
                 assert p.grad is not None
                 yield p.grad
-
-    def n_updates(self) -> int:
-        """Updates applied so far, which is fewer than steps after skips."""
-        for state in self.optimizer.state.values():
-            return int(state["step"])
-        return 0

@@ -15,8 +15,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100
-"""The target of a position that predicts nothing."""
+from megakexue.config import IGNORED
+
 CHUNK = 512
 """Tokens whose logits exist at a time."""
 

@@ -11,13 +11,14 @@ What must stay true: the schedule is a function of our own step counter alone.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megakexue.config import OptimConfig
 
@@ -85,41 +86,81 @@ def parameter_groups(named: Iterable[tuple[str, Tensor]], config: OptimConfig, r
     return [{"params": others, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW behind the trainer's decision: `prepare` before each step, else the step does nothing."""
+class AdamW(torch.optim.Optimizer):
+    """AdamW behind the trainer's decision: `prepare` before each step, else the step does nothing.
+
+    The kernel is torch's fused one. On CPU it computes the last elements of a tensor, those that do not fill a vector
+    register, in scalar code that rounds differently, so the result would depend on where ZeRO cut; here they go
+    through the vector code too.
+    """
 
     def __init__(self, groups: list[dict], config: OptimConfig) -> None:
-        super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        super().__init__(groups, {"lr": config.lr})
+        self.config = config
+        self.n_updates = 0
+        """Updates applied, which the bias correction counts; fewer than steps after skips."""
         self._is_applied, self._gradient_factor = False, 1.0
 
     def prepare(self, *, is_applied: bool, lr: float, gradient_factor: float) -> None:
         """Set what the next `step` does. DeepSpeed may call `step` several times for one update (stage 3)."""
         self._is_applied, self._gradient_factor = is_applied, gradient_factor
+        self.n_updates += is_applied
         for group in self.param_groups:
             group["lr"] = lr
+
+    def moments(self, flat: Tensor) -> dict[str, Tensor]:
+        """The state tensors of a flat tensor, made (zero) when they do not exist yet."""
+        state = self.state[flat]
+        for name in MOMENTS["adamw"]:
+            if name not in state:
+                state[name] = torch.zeros_like(flat)
+        return dict(state)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
         if not self._is_applied:
             return
-        if self._gradient_factor != 1.0:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.mul_(self._gradient_factor)
-        super().step()
+        for group in self.param_groups:
+            flats = [p for p in group["params"] if p.grad is not None]
+            if not flats:  # stage 3 steps one sub-group at a time
+                continue
+            if self._gradient_factor != 1.0:
+                torch._foreach_mul_([p.grad for p in flats], self._gradient_factor)
+            kinds = [[p.data for p in flats], [p.grad for p in flats]]
+            kinds += [[self.moments(p)[name] for p in flats] for name in MOMENTS["adamw"]]
+            if flats[0].device.type == "cpu":
+                _through_vector_code(self._update, kinds, group)
+            else:
+                self._update(kinds, group)
 
-    def moments(self, flat: Tensor) -> dict[str, Tensor]:
-        """The state tensors of a flat tensor, made (zero) when they do not exist yet."""
-        state = self.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for name in MOMENTS["adamw"]:
-                state[name] = torch.zeros_like(flat)
-        return {name: state[name] for name in MOMENTS["adamw"]}
+    def _update(self, kinds: list[list[Tensor]], group: dict[str, Any]) -> None:
+        weights, gradients, exp_avgs, exp_avg_sqs = kinds
+        # the kernel wants a counter for each tensor, and adds the one itself
+        steps = [torch.tensor(self.n_updates - 1.0, device=w.device) for w in weights]
+        adamw(
+            weights, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False,
+            lr=group["lr"], beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps,
+            weight_decay=group["weight_decay"],
+        )  # fmt: skip
 
-    def set_n_updates(self, n_updates: int) -> None:
-        """Set the number of updates so far, which the bias correction needs, in every state that exists."""
-        for state in self.state.values():
-            state["step"].fill_(float(n_updates))
+
+LANES = 16
+"""fp32 elements in the widest vector register of a CPU."""
+
+
+def _through_vector_code(
+    update: Callable[[list[list[Tensor]], dict[str, Any]], None], kinds: list[list[Tensor]], group: dict[str, Any]
+) -> None:
+    """Call `update` with whole registers only: the tensors without their tails, and the padded tails in one tensor."""
+    flat = [[x.view(-1) for x in tensors] for tensors in kinds]
+    whole = [x.numel() // LANES * LANES for x in flat[0]]
+    tails = [torch.zeros(len(whole), LANES) for _ in flat]
+    for tensors, padded in zip(flat, tails):
+        for row, x, n in zip(padded, tensors, whole):
+            row[: x.numel() - n] = x[n:]
+    bodies = [[x[:n] for x, n in zip(tensors, whole) if n] for tensors in flat]
+    update([[*tensors, padded] for tensors, padded in zip(bodies, tails)], group)
+    for tensors, padded in zip(flat, tails):
+        for row, x, n in zip(padded, tensors, whole):
+            x[n:] = row[: x.numel() - n]

@@ -28,8 +28,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as torch_dist
-
 from megakexue import checkpoint
 from megakexue.config import Config, UserError, require, to_yaml
 from megakexue.data import Batch, Batches, Position
@@ -129,9 +127,9 @@ def train(config: Config) -> None:
             if step % config.checkpoint.every_steps == 0 or step == last_step:
                 trainer = {
                     "step": step, "tokens": tokens, "position": dataclasses.asdict(data.position),
-                    "n_updates": engine.n_updates(), "guard": engine.guard.state_dict(), "data": data.fingerprint,
-                    "source": source, "world_size": ranks.world_size, "model": dataclasses.asdict(config.model),
-                    "optim": dataclasses.asdict(config.optim),
+                    "n_updates": engine.optimizer.n_updates, "guard": engine.guard.state_dict(),
+                    "model": dataclasses.asdict(config.model), "optim": dataclasses.asdict(config.optim),
+                    "data": data.fingerprint, "source": source, "world_size": ranks.world_size,
                 }  # fmt: skip
                 path = checkpoint.save(
                     run / "checkpoints", engine, trainer, step=step, keep_last=config.checkpoint.keep_last
@@ -140,7 +138,6 @@ def train(config: Config) -> None:
         if metrics and step < n_steps:
             metrics.message(f"stopped at step {step}, as train.stop_at_step says; the same command without it goes on")
     log.info("done at step %d", step)
-    torch_dist.destroy_process_group()
 
 
 def _start_weights(engine: Engine, config: Config) -> str:

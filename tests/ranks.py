@@ -1,6 +1,7 @@
 """Run a function on N real processes joined by gloo, and get back what each returned."""
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -24,7 +25,8 @@ def _child(function: Callable, rank: int, n: int, port: int, args: tuple, result
 
     torch.set_num_threads(1)
     try:
-        results.put((rank, True, function(*args)))
+        # plain pickle: the queue's own would share tensors' memory, which ends with this process
+        results.put((rank, True, pickle.dumps(function(*args))))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
 
@@ -45,7 +47,7 @@ def run_on_ranks(n: int, function: Callable, *args: Any, timeout_s: float = 540)
         for _ in range(n):
             rank, ok, value = results.get(timeout=timeout_s)
             assert ok, f"rank {rank} of {n} failed:\n{value}"
-            values[rank] = value
+            values[rank] = pickle.loads(value)
     finally:
         for process in processes:
             process.join(20 if len(values) == n else 0)

@@ -1,0 +1,220 @@
+"""The config: every YAML builds, every mistake has its message, every field is used."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megakexue import config as config_module
+from megakexue.config import Config, ModelConfig, UserError, build, check_inputs, load_config, to_yaml
+from megakexue.describe import n_parameters
+from megakexue.model import Decoder, resolve
+from tests.conftest import Prepared
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny_gqa.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_builds_its_model(path: Path) -> None:
+    config = load_config(path)
+    model = resolve(config.model, config.optim.name, config.data.seq_len)
+    with torch.device("meta"):
+        decoder = Decoder(model, "reference")
+    assert sum(p.numel() for p in decoder.parameters()) == n_parameters(model)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.d_modle=64"], "Key 'd_modle' not in 'ModelConfig'. Did you mean: 'd_model'?"),
+        (["optimizer.lr=1"], "Key 'optimizer' not in 'Config'. Did you mean: 'optim'?"),
+        (["model.n_layers=many"], "Value 'many' of type 'str' could not be converted to Integer"),
+        (["engine.dtype=fp8"], "Invalid value 'fp8', expected one of ['fp32', 'bf16', 'fp16']"),
+        (["train.steps"], "'train.steps' is not of the form key=value, such as train.steps=100"),
+        (["model.n_kv_heads=3"], "model.n_heads=4 must be a multiple of model.n_kv_heads=3: set model.n_kv_heads to a"),
+        (["model.d_model=130"], "model.d_model=130 must be a multiple of model.n_heads=4: change one, or set model.d_"),
+        (["model.d_head=7"], "model.d_head=7 must be even, since RoPE rotates pairs"),
+        (["model.n_layers=0"], "model.n_layers=0 must be positive"),
+        (["model.norm_eps=0"], "model.norm_eps=0.0 must be positive"),
+        (["model.rope.base=large"], "model.rope.base='large' must be a number or 'auto'"),
+        (["model.rope.base=0.5"], "model.rope.base=0.5 must be above 1"),
+        (["model.rope.context=0"], "model.rope.context=0 must be positive"),
+        (["model.rope.context=100"], "model.rope.context=100 must be at least data.seq_len=256: raise it, or leave it"),
+        (["model.attention.log_n_base=1"], "model.attention.log_n_base=1 must be above 1"),
+        (["model.attention.log_n_floor=1"], "model.attention.log_n_floor=1 must be above 1"),
+        (["data.sources=[]"], "data.sources is empty: name a folder written by tools/prepare_data.py"),
+        (["data.sources=[{path: a, weight: 1}, {path: b}]"], "give every source a weight, or none (then rows count)"),
+        (["data.sources=[{path: a}, {path: a}]"], "data.sources names a path twice: ['a', 'a']"),
+        (["data.sources=[{path: a, weight: 0}]"], "data.sources: weight=0.0 must be positive"),
+        (["data.seq_len=1"], "data.seq_len=1 must be above 1"),
+        (["data.n_prefetch=0"], "data.n_prefetch=0 must be positive"),
+        (["train.micro_batch_size=3"], "train.global_batch_size=16 must be a multiple of train.micro_batch_size=3"),
+        (["train.steps=0"], "train.steps=0 must be positive"),
+        (["train.stop_at_step=999"], "train.stop_at_step=999 must be between 1 and train.steps=200"),
+        (["optim.warmup_steps=999"], "optim.warmup_steps=999 must not be above train.steps=200"),
+        (["optim.warmup_steps=-1"], "optim.warmup_steps=-1 must not be negative"),
+        (["optim.schedule=wsd"], "optim.decay_steps=None does not fit optim.schedule=wsd: wsd needs it"),
+        (["optim.decay_steps=10"], "optim.decay_steps=10 does not fit optim.schedule=cosine"),
+        (["optim.schedule=wsd", "optim.decay_steps=190"], "optim.warmup_steps + optim.decay_steps = 210 must not be"),
+        (["optim.schedule=piecewise", "optim.warmup_steps=0"], "optim.schedule=piecewise needs optim.points, such as"),
+        (
+            ["optim.schedule=piecewise", "optim.points={10: 1}"],
+            "optim.warmup_steps=20 has no effect with optim.schedule=piecewise: set it to 0",
+        ),
+        (["optim.points={10: 1}"], "optim.points has no effect with optim.schedule=cosine: use piecewise"),
+        (["optim.lr=0"], "optim.lr=0.0 must be positive"),
+        (["optim.beta2=1"], "optim.beta2=1.0 must be in [0, 1)"),
+        (["optim.clip_norm=0"], "optim.clip_norm=0.0 must be positive; optim.clip=null turns it off"),
+        (["optim.final_lr=2"], "optim.final_lr=2.0 is a factor: it must be in [0, 1]"),
+        (["guard.max_bad_steps=0"], "guard.max_bad_steps=0 must be positive"),
+        (["guard.initial_loss_scale=1000"], "guard.initial_loss_scale=1000.0 must be a power of two"),
+        (["guard.loss_scale_window=0"], "guard.loss_scale_window=0 must be positive"),
+        (["metrics.every_steps=0"], "metrics.every_steps=0 must be positive"),
+        (["metrics.peak_tflops=-1"], "metrics.peak_tflops=-1.0 must be positive, or null"),
+        (["engine.zero_stage=4"], "engine.zero_stage=4 must be 0, 1, 2 or 3"),
+        (["engine.bucket_elements=0"], "engine.bucket_elements=0 must be positive"),
+        (["engine.timeout_s=0"], "engine.timeout_s=0.0 must be positive"),
+        (["checkpoint.every_steps=0"], "checkpoint.every_steps=0 must be positive"),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last=0 must be positive"),
+        (["evaluate.every_steps=0"], "evaluate.every_steps=0 must be positive, or null for off"),
+        (["evaluate.n_rows=0"], "evaluate.n_rows=0 must be positive"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_have_their_message(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(TINY, overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_batch_that_the_ranks_do_not_divide() -> None:
+    with pytest.raises(UserError, match=r"global_batch_size=16 must be a multiple of .*=4 times the 3 ranks = 12"):
+        load_config(TINY).train.n_micro_batches(3)
+
+
+def test_missing_value_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config file .*: the shipped ones are in configs/"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "few.yaml").write_text("model: {d_model: 64}\n")
+    with pytest.raises(UserError, match=r"few\.yaml.*missing mandatory value.*"):
+        load_config(tmp_path / "few.yaml")
+    (tmp_path / "bad.yaml").write_text("model: {d_model: 64\n")
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_yaml_is_loaded_safely(tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    with pytest.raises(UserError):
+        load_config(tmp_path / "evil.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+def source_overrides(prepared: Prepared) -> list[str]:
+    return [
+        f"data.sources=[{{path: {prepared.data}}}]", f"data.tokenizer={prepared.tokenizer}",
+        f"data.seq_len={prepared.seq_len}", "model.vocab_size=512",
+    ]  # fmt: skip
+
+
+def test_inputs_that_do_not_fit(prepared: Prepared, tmp_path: Path) -> None:
+    good = source_overrides(prepared)
+    check_inputs(load_config(TINY, good))
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes(b"another")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "manifest.json").write_text("{}")
+    for overrides, message in {
+        f"data.tokenizer={tmp_path}/none": "no such file; train one with tools/train_tokenizer.py",
+        f"data.tokenizer={other}": "is not the tokenizer that",
+        f"data.sources=[{{path: {tmp_path}}}]": "has no manifest.json: make the folder with tools/prepare_data.py",
+        f"data.sources=[{{path: {broken}}}]": "cannot read the manifest of prepared data",
+        f"data.sources=[{{path: {empty}}}]": "prepare the data again",
+        "data.seq_len=128": "data.seq_len=128 differs from the rows of",
+        "model.vocab_size=300": "model.vocab_size=300 is below the 512 pieces of the tokenizer",
+    }.items():
+        with pytest.raises(UserError) as error:
+            check_inputs(load_config(TINY, [*good, overrides]))
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.d_modle=64", "d_model"),
+        ("data.sources=[{path: no/such/folder}]", "no/such/folder"),
+        ("model.n_kv_heads=3", "model.n_kv_heads=3"),
+    ],
+)
+def test_launch_refuses_in_one_line_and_two_seconds(prepared: Prepared, override: str, words: str) -> None:
+    command = [sys.executable, "launch/train.py", "configs/tiny_gqa.yaml", *source_overrides(prepared), override]
+    began = time.monotonic()
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.monotonic() - began
+    assert result.returncode == 2
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ") and words in result.stderr
+    assert seconds < 2
+
+
+def test_config_imports_neither_torch_nor_ours() -> None:
+    program = (
+        "import sys, megakexue.config; "
+        "print([m for m in sys.modules if m == 'torch' or m.startswith('megakexue.') and m != 'megakexue.config'])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def sections() -> list[type]:
+    return [c for c in vars(config_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
+
+
+def test_every_field_is_used_and_every_used_field_is_declared() -> None:
+    names = {f.name for section in sections() for f in dataclasses.fields(section)}
+    used: set[str] = set()
+    files = [*(ROOT / "megakexue").glob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    declared_at = {ROOT / "megakexue" / "config.py"}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                used.add(node.attr)
+                # config.<section>.<field> must exist
+                if (
+                    isinstance(node.value, ast.Attribute)
+                    and isinstance(node.value.value, ast.Name)
+                    and node.value.value.id == "config"
+                    and path not in declared_at
+                ):
+                    section = {f.name: f.type for f in dataclasses.fields(Config)}.get(node.value.attr)
+                    if section is not None:
+                        assert hasattr(section, node.attr) or node.attr in {
+                            f.name
+                            for f in dataclasses.fields(section)  # type: ignore[arg-type]
+                        }, f"{path.name}:{node.lineno}: {node.value.attr}.{node.attr} is not declared"
+    assert names - used == set()
+
+
+def test_build_makes_a_section_from_plain_values() -> None:
+    values = {"vocab_size": 8, "d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 8}
+    assert build(ModelConfig, values, where="here").head_width == 4
+    with pytest.raises(UserError, match=r"here: .*d_fff"):
+        build(ModelConfig, values | {"d_fff": 1}, where="here")
