@@ -128,7 +128,8 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     path: str
-    """A folder written by tools/prepare_data.py: local, or s3://, gs://, ... for a copy of it in a bucket."""
+    """A folder written by tools/prepare_data.py: local, or s3://, gs://, ... for a copy of it in a bucket, or
+    file://, which treats a mounted folder as remote, so that its shards are cached on the local disk."""
     weight: float | None = None
     """Share of the mixture, relative to the other weights. None (in all sources): by the number of rows."""
 
@@ -169,6 +170,9 @@ class DataConfig:
         require(len(set(paths)) == len(paths), f"data.sources names a path twice: {paths}")
         require(self.seq_len > 1, f"data.seq_len={self.seq_len} must be above 1")
         require(self.n_prefetch > 0, f"data.n_prefetch={self.n_prefetch} must be positive")
+        require(self.shuffle_seed >= 0, f"data.shuffle_seed={self.shuffle_seed} must not be negative")
+        require(self.download_retries >= 0, f"data.download_retries={self.download_retries} must not be negative")
+        require(self.download_timeout_s > 0, f"data.download_timeout_s={self.download_timeout_s} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

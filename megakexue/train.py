@@ -68,6 +68,10 @@ def train(config: Config) -> None:
             return made
 
         data = batches("train")
+        require(  # for remote sources; local ones were checked before torch was imported
+            data.vocab_size <= config.model.vocab_size,
+            f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the sources",
+        )
         valid = batches("valid") if config.evaluate.every_steps else None
         folder, warnings = checkpoint.find(run / "checkpoints", ranks)
         engine = Engine(config, ranks)

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The main job end to end, as its user would type it: text -> tokenizer -> shards -> training on two ranks that stops
+# and resumes -> bundle -> text. Everything is written under runs/demo. Arguments: files, folders or globs of text;
+# none: the sources and documentation that come with Python.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+demo=runs/demo
+began=$(date +%s)
+
+step() {
+    printf '\n\033[1m== %s\033[0m\n' "$1"
+}
+
+run() {
+    printf '$ %s\n' "$*"
+    "$@"
+}
+
+if [ $# -eq 0 ]; then
+    stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+    # modules and packages without their tests; pydoc_data holds the language reference
+    set -- "$stdlib/*.py" "$stdlib"/{asyncio,collections,concurrent,email,html,http,importlib,json,logging,multiprocessing,pydoc_data,unittest,urllib,xml}
+fi
+rm -rf "$demo"
+mkdir -p "$demo"
+
+step "1. a tokenizer from the text"
+run tools/train_tokenizer.py "$@" --vocab-size 4096 --sample-bytes 3000000 --out $demo/tokenizer.model
+
+step "2. shards of tokens"
+run tools/prepare_data.py "$@" --tokenizer $demo/tokenizer.model --seq-len 256 --valid-fraction 0.05 --out $demo/data
+
+train() {
+    DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} run deepspeed --num_accelerators 2 launch/train.py configs/tiny_gqa.yaml \
+        train.run=$demo/run train.steps=240 metrics.every_steps=10 evaluate.every_steps=40 "$@" 2>&1 |
+        grep --line-buffered -v '\[INFO\]\|\[WARNING\]'
+}
+
+step "3. training on two ranks under ZeRO-1, which stops itself halfway"
+train train.stop_at_step=120
+
+step "4. the same command again: it goes on where it stopped"
+train
+
+step "5. a bundle of the weights"
+run tools/export_model.py $demo/run --out $demo/bundle
+
+step "6. text from the bundle"
+run tools/generate.py $demo/bundle --prompt 'def ' --n-tokens 80 --seed 1
+run tools/generate.py $demo/bundle --prompt 'The following' --n-tokens 60 --greedy
+
+step "7. report"
+entropy=$(python -c "import json; print(json.load(open('$demo/data/manifest.json'))['splits']['valid']['unigram_entropy_nats'])")
+run tools/plot_run.py $demo/run --report --out $demo/loss.png --baseline "unigram entropy of the validation tokens=$entropy"
+python - "$demo" "$entropy" <<'PYTHON'
+import json, sys
+from pathlib import Path
+
+demo, entropy = Path(sys.argv[1]), float(sys.argv[2])
+records = [json.loads(line) for line in (demo / "run" / "metrics.jsonl").read_text().splitlines()]
+loss = [record["loss"] for record in records if record["kind"] == "valid"][-1]
+print(f"\nvalidation loss {loss:.3f} nats, unigram entropy of the same tokens {entropy:.3f} nats")
+if not loss < entropy - 0.5:
+    sys.exit("the model has not learned: its validation loss is not well below the unigram entropy")
+PYTHON
+printf 'everything is in %s; the loss curve is %s/loss.png; %d s in all\n' $demo $demo $(($(date +%s) - began))

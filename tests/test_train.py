@@ -1,0 +1,209 @@
+"""The loop: stopped and resumed is never stopped, at every stage; what a run folder holds; refusals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakexue.config import Config, UserError, load_config, to_yaml
+from tests.conftest import Prepared
+from tests.ranks import free_port, run_on_ranks
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_run(prepared: Prepared, run: Path, *overrides: str) -> list[str]:
+    """Overrides of configs/tiny_gqa.yaml for a run of a second on the prepared text."""
+    return [
+        f"data.sources=[{{path: {prepared.data}}}]", f"data.tokenizer={prepared.tokenizer}",
+        f"data.seq_len={prepared.seq_len}", f"train.run={run}", "model.vocab_size=512", "model.d_model=32",
+        "model.n_layers=2", "model.d_ff=48", "train.steps=8", "train.global_batch_size=16", "optim.warmup_steps=2",
+        "evaluate.every_steps=4", "evaluate.n_rows=13", "checkpoint.every_steps=3", "metrics.tensorboard=false",
+        "engine.bucket_elements=3000", *overrides,
+    ]  # fmt: skip
+
+
+def tiny_config(prepared: Prepared, run: Path, *overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "tiny_gqa.yaml", tiny_run(prepared, run, *overrides))
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+FLOATS = ("loss", "grad_norm")
+TIMES = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s"}
+
+
+def column(run: Path) -> list[dict[str, Any]]:
+    """All that a run recorded but what the clock and the machine decide."""
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records(run)]
+
+
+def state_hashes(run: Path, step: int) -> dict[str, str]:
+    manifest = json.loads((run / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+
+def train_all(configs: list[Config]) -> None:
+    from megakexue.train import train
+
+    for config in configs:
+        train(config)
+
+
+def n_rows(prepared: Prepared) -> int:
+    return json.loads((prepared.data / "manifest.json").read_text())["splits"]["train"]["rows"]
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path) -> None:
+    # enough rows in a step that the run crosses an epoch end after the stop, with shuffled data
+    batch = n_rows(prepared) // 7 // 8 * 8
+    configs, names = [], []
+    for stage, dtype in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp16"),
+                         (3, "bf16")):  # fmt: skip
+        name = f"{stage}_{dtype}"
+        options = [f"engine.zero_stage={stage}", f"engine.dtype={dtype}", f"train.global_batch_size={batch}",
+                   "guard.loss_scale_window=3"]  # fmt: skip
+        configs.append(tiny_config(prepared, tmp_path / f"straight_{name}", *options))
+        configs.append(tiny_config(prepared, tmp_path / f"stopped_{name}", *options, "train.stop_at_step=5"))
+        configs.append(tiny_config(prepared, tmp_path / f"stopped_{name}", *options))
+        names.append(name)
+    run_on_ranks(2, train_all, configs)
+    for name in names:
+        straight, stopped = tmp_path / f"straight_{name}", tmp_path / f"stopped_{name}"
+        assert column(stopped) == column(straight), name
+        assert [r["step"] for r in records(straight) if r["kind"] == "train"] == list(range(1, 9))
+        assert records(straight)[-1]["kind"] == "valid" and records(straight)[-2]["epoch"] > 1
+        # masters, moments and random state of both ranks, bit for bit
+        a, b = state_hashes(straight, 8), state_hashes(stopped, 8)
+        assert a.keys() == b.keys() == {"rank_00000.safetensors", "rank_00001.safetensors", "trainer.json"}
+        assert a == b, name
+    # and the stages agree with one another: sums in another order, stated in tests/test_engine.py
+    losses = {name: [r["loss"] for r in records(tmp_path / f"straight_{name}")] for name in names}
+    for name in names:
+        rel = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}[name[2:]]
+        assert losses[name] == pytest.approx(losses["0_fp32"], rel=rel), name
+
+
+@pytest.mark.slow
+def test_micro_batches_and_ranks_do_not_change_the_loss(prepared: Prepared, tmp_path: Path) -> None:
+    one = [tiny_config(prepared, tmp_path / f"one_{m}", f"train.micro_batch_size={m}") for m in (2, 16)]
+    two = [tiny_config(prepared, tmp_path / f"two_{m}", f"train.micro_batch_size={m}") for m in (1, 8)]
+    run_on_ranks(1, train_all, one)
+    run_on_ranks(2, train_all, two)
+    reference = column(tmp_path / "one_16")
+    for run in ("one_2", "two_1", "two_8"):
+        for got, want in zip(column(tmp_path / run), reference, strict=True):
+            # rows and tokens are the same ones; losses differ by the order of float32 sums
+            assert {k: v for k, v in got.items() if k not in FLOATS} == {
+                k: v for k, v in want.items() if k not in FLOATS
+            }, run
+            assert [got.get(k) for k in FLOATS] == pytest.approx([want.get(k) for k in FLOATS], rel=2e-5), run
+
+
+def launch(prepared: Prepared, run: Path, *overrides: str) -> subprocess.Popen:
+    """The command of the README on two ranks, as a session of its own that can be killed whole."""
+    command = [
+        "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py",
+        "configs/tiny_gqa.yaml", *tiny_run(prepared, run, *overrides),
+    ]  # fmt: skip
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> None:
+    options = ["train.steps=30", "checkpoint.every_steps=5", "engine.zero_stage=3", "evaluate.every_steps=null"]
+    killed = launch(prepared, tmp_path / "killed", *options)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 17):
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert len(records(tmp_path / "killed")) < 30
+    again = launch(prepared, tmp_path / "killed", *options)
+    output = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, output
+    assert re.search(r"start       resumed from .*step_000000(15|20|25)", output), output
+    straight = launch(prepared, tmp_path / "straight", *options)
+    output = straight.communicate(timeout=240)[0]
+    assert straight.returncode == 0, output
+    assert column(tmp_path / "killed") == column(tmp_path / "straight")
+    assert [r["step"] for r in records(tmp_path / "killed")] == list(range(1, 31))
+
+    # what the user was told before the first step, and the folder as docs/run_folder.md shows it
+    for words in ("parameters, deepnorm alpha", "rope base", "30 steps = 30,720 tokens", "ZeRO-3 fp32, per rank",
+                  "attention   blocked: the fastest form on CPU", "weights from train.seed=0", "matmul"):  # fmt: skip
+        assert words in output
+    assert len(re.findall(r"step +\d+/30  loss .* grad .* lr .* tok/s  mfu .* mem .* applied", output)) == 30
+    run = tmp_path / "straight"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "config.yaml", "deepspeed.json", "logs", "metrics.jsonl", "source.txt", "tokenizer.model",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert "step 0 of 30" in (run / "logs" / "rank_1.log").read_text()
+    resolved = load_config(run / "config.yaml")
+    assert isinstance(resolved.model.rope.base, float) and resolved.model.residual_alpha is not None
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
+
+
+def train_expecting(config: Config) -> str:
+    from megakexue.train import train
+
+    try:
+        train(config)
+    except UserError as error:
+        return str(error)
+    return "went on"
+
+
+def refusals(first: Config, others: list[Config]) -> list[str]:
+    train_expecting(first)
+    return [train_expecting(config) for config in others]
+
+
+@pytest.mark.slow
+def test_resuming_something_else_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "file"
+    file.write_text("")
+    first = tiny_config(prepared, run, "train.steps=2")
+    others = [
+        tiny_config(prepared, run, "train.steps=2", "model.d_ff=64"),
+        tiny_config(prepared, run, "train.steps=2", "data.shuffle_seed=1"),
+        tiny_config(prepared, run, "train.steps=2", "train.global_batch_size=12", "train.micro_batch_size=3"),
+        tiny_config(prepared, run, "train.steps=2", "model.attention.backend=flash"),
+        tiny_config(prepared, file, "train.steps=2"),
+        tiny_config(prepared, tmp_path / "new", "train.init_from=" + str(tmp_path)),
+    ]
+    messages = run_on_ranks(1, refusals, first, others)[0]
+    expected = [
+        "holds a checkpoint of another model: d_ff 48 -> 64: undo the change, or choose another train.run",
+        "so its position in the data means nothing: undo the change, or start a new train.run",
+        "went on",
+        "flash needs a CUDA device",
+        "cannot make the run folder",
+        "is no bundle: make one with tools/export_model.py",
+    ]
+    for message, words in zip(messages, expected, strict=True):
+        assert words in message
+
+
+def test_yaml_of_a_run_is_its_config(prepared: Prepared, tmp_path: Path) -> None:
+    config = tiny_config(prepared, tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
