@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -189,7 +189,7 @@ class Metrics:
             self._bar = self._progress.add_task("loss -", total=n_steps, completed=resume_step)
             self._drawn_at = -math.inf
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(
