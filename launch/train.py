@@ -3,8 +3,9 @@
 
 import argparse
 import os
+import sys
 
-from megakexue.config import check_inputs, load_config, run_program
+from megakexue.config import UserError, check_inputs, load_config, run_program
 
 
 def main() -> None:
@@ -23,15 +24,24 @@ checkpoint of train.run. Exit codes: 0 done, 1 failed, 2 a mistake in the comman
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher; the environment says it
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.overrides)
-    check_inputs(config)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        check_inputs(config)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        sys.exit(2)  # every rank of a node found the same mistake, and one line is enough
     # threads that spin while they wait slow down the ranks beside them; read when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from megakexue.guard import TrainingStopped
     from megakexue.train import train  # seconds of imports, which a mistake in the config should not cost
 
-    train(config)
+    try:
+        train(config)
+    except TrainingStopped as stopped:
+        sys.exit(f"stopped: {stopped}")
     torch.distributed.destroy_process_group()
 
 

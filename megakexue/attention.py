@@ -63,7 +63,7 @@ def attend(
     k: Float[Tensor, "b s g d"],
     v: Float[Tensor, "b s g e"],
     positions: Int64[Tensor, "b t"],
-    cu_seqlens: Int32[Tensor, "n"] | None,
+    cu_seqlens: Int32[Tensor, " n"] | None,
     *,
     backend: Backend,
 ) -> Float[Tensor, "b t h e"]:
@@ -158,31 +158,33 @@ def _blocked(
 ) -> Float[Tensor, "b t h e"]:
     """Compute blocks of queries against the keys they can see, in plain matrix products.
 
-    On CPU this beats the fused kernel, above all in bf16, where the fused kernel is no faster than in fp32.
+    On CPU this beats the fused kernel, above all in bf16 and with packed documents (tools/benchmark.py).
     """
-    if starts is not None and q.shape[0] > 1:
-        # rows have different documents, and each row alone skips more keys than all of them together
-        rows = [_blocked(q[[i]], k[[i]], v[[i]], starts[[i]], scale) for i in range(len(q))]
-        return torch.cat(rows)
     b, t, h, d = q.shape
+    if starts is not None and b > 1 and t > 2 * BLOCK:
+        # rows have different documents, and a long row alone skips more keys than all of them together
+        rows = [_blocked(q[[i]], k[[i]], v[[i]], starts[[i]], scale) for i in range(b)]
+        return torch.cat(rows)
     s, g, e = k.shape[1], k.shape[2], v.shape[3]
     r, n_before = h // g, s - t
     # the heads of a group become rows of one matrix, so that k and v are never copied per head
-    grouped = (q * scale).view(b, t, g, r, d).permute(0, 2, 3, 1, 4)
-    keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    grouped = q.view(b, t, g, r, d).permute(0, 2, 3, 1, 4)
+    keys, values = (x.transpose(1, 2).reshape(b * g, s, -1) for x in (k, v))
     out = []
     for low in range(0, t, BLOCK):
         high = min(low + BLOCK, t)
         n, end = high - low, n_before + high
-        begin = 0 if starts is None else int(starts[0, low])
-        scores = grouped[:, :, :, low:high].reshape(b, g, r * n, d) @ keys[..., begin:end]
+        begin = 0 if starts is None else int(starts[:, low].min())
         key = torch.arange(begin, end, device=q.device)
         visible = key <= torch.arange(n_before + low, end, device=q.device)[:, None]
         if starts is not None:
-            visible = visible & (key >= starts[0, low:high, None])
-        scores = scores.view(b, g, r, n, -1).masked_fill(~visible, -torch.inf)
-        weights = scores.softmax(-1).view(b, g, r * n, -1)
-        out.append((weights @ values[:, :, begin:end]).view(b, g, r, n, e))
+            visible = visible & (key >= starts[:, None, None, low:high, None])
+        mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
+        mask = mask.expand(b, g, r, n, end - begin) if starts is not None else mask.repeat(r, 1)
+        queries = grouped[:, :, :, low:high].reshape(b * g, r * n, d)
+        bias = mask.reshape(-1, r * n, end - begin)
+        scores = torch.baddbmm(bias, queries, keys[:, begin:end].transpose(1, 2), alpha=scale)
+        out.append((scores.softmax(-1) @ values[:, begin:end]).view(b, g, r, n, e))
     return torch.cat(out, dim=3).permute(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 
@@ -190,7 +192,7 @@ def _flash_varlen(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b t g d"],
     v: Float[Tensor, "b t g e"],
-    cu_seqlens: Int32[Tensor, "n"],
+    cu_seqlens: Int32[Tensor, " n"],
     scale: float,
 ) -> Float[Tensor, "b t h e"]:
     from flash_attn import flash_attn_varlen_func

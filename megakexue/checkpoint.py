@@ -15,14 +15,14 @@ Each rank reads only the ranges it owns, by mmap, whichever rank wrote them. Not
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +36,12 @@ FORMAT = 1
 
 def step_folders(checkpoints: Path) -> list[Path]:
     """The finished checkpoints, newest first."""
-    return sorted((path for path in checkpoints.glob("step_*") if path.suffix != ".tmp"), reverse=True)
+    found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def save(checkpoints: Path, engine: Engine, trainer: dict[str, Any], *, step: int, keep_last: int) -> Path:
@@ -57,23 +62,33 @@ def save(checkpoints: Path, engine: Engine, trainer: dict[str, Any], *, step: in
     tensors = {f"rng/{name}": state for name, state in _random_state().items()}
     for i, (segment, views) in enumerate(engine.state_tensors(engine.state_kinds)):
         if engine.is_sharded or i % ranks.world_size == ranks.rank:
-            tensors |= {f"{kind}/{segment.name}/{segment.start}": view.cpu() for kind, view in views.items()}
-    name = f"rank_{ranks.rank:05d}.safetensors"
-    # a copy, since safetensors refuses views that share storage
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / name)
-    entries = _gather({name: _seal(folder / name)}, ranks.world_size)
+            # copies, since safetensors refuses views that share storage
+            for kind, view in views.items():
+                tensors[f"{kind}/{segment.name}/{segment.start}"] = view.to("cpu", copy=True)
+    name, failure = f"rank_{ranks.rank:05d}.safetensors", {}
+    try:
+        save_file(tensors, folder / name)
+        entry = {name: _seal(folder / name)}
+    except (OSError, SafetensorError) as error:  # a full disk here must not leave the others waiting
+        entry, failure = {}, {f"rank {ranks.rank}": str(error)}
+    failures = dist.gather(failure)
+    if failures:
+        raise OSError(f"cannot save {final}: {failures}: make room, then run the same command again")
+    entries = dist.gather(entry)
     if ranks.is_first:
         _write_json(folder / "trainer.json", trainer)
         entries["trainer.json"] = _seal(folder / "trainer.json")
         _write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": entries})
         _seal(folder / "manifest.json")
+        _sync_folder(folder)
         if final.exists():  # a run that fell back beyond a damaged checkpoint has come here again
             shutil.rmtree(final)
         os.rename(folder, final)
-        _write_json(checkpoints / "latest.tmp_file", final.name)
+        (checkpoints / "latest.tmp_file").write_text(final.name + "\n", encoding="utf-8")
         os.replace(checkpoints / "latest.tmp_file", checkpoints / "latest")
         _sync_folder(checkpoints)
-        for old in step_folders(checkpoints)[keep_last:]:
+        # a user's own folders have other names, and this one is never removed
+        for old in [path for path in step_folders(checkpoints) if step_of(path) < step][keep_last - 1 :]:
             shutil.rmtree(old)
     dist.barrier()
     return final
@@ -82,17 +97,26 @@ def save(checkpoints: Path, engine: Engine, trainer: dict[str, Any], *, step: in
 def find(checkpoints: Path, ranks: dist.Ranks) -> tuple[Path | None, list[str]]:
     """Return the newest sound checkpoint (None: there is none) and a line on each damaged one that was passed over.
 
-    Every rank checks the hashes of its share of the files, and all agree on the result.
+    Every rank checks the hashes of its share of the files, and all agree on the result. Damaged ones are renamed to
+    step_X.damaged, so that they neither count nor come back when the run reaches their step again.
 
     Raises:
         UserError: there are checkpoints and all of them are damaged.
     """
-    folders = step_folders(checkpoints)
+    # one rank lists the folder: on a network file system others may see another list for a while
+    listed = dist.gather({"folders": step_folders(checkpoints)} if ranks.is_first else {})
+    folders: list[Path] = listed["folders"]
     warnings: list[str] = []
     for folder in folders:
         fault = _fault(folder, ranks)
-        faults = [f for f in _gather({str(ranks.rank): fault}, ranks.world_size).values() if f]
+        faults = [f for f in dist.gather({str(ranks.rank): fault}).values() if f]
         if not faults:
+            if ranks.is_first:
+                for damaged in folders[: len(warnings)]:
+                    aside = damaged.with_suffix(".damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(damaged, aside)
+            dist.barrier()
             return folder, warnings
         warnings.append(f"checkpoint {folder} is damaged and is not used: {faults[0]}")
     if folders:
@@ -128,7 +152,8 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("rank_*.safetensors"))]
+        names = sorted(name for name in read_json(folder / "manifest.json", "the manifest")["files"] if "rank_" in name)
+        self._files = [safe_open(folder / name, framework="pt") for name in names]
         self._pieces: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}
         for number, file in enumerate(self._files):
             for key in file.keys():
@@ -144,7 +169,7 @@ class Reader:
         Raises:
             UserError: the checkpoint does not hold all of them.
         """
-        out = torch.empty(segment.numel)
+        out = torch.full((segment.numel,), torch.nan)  # what no piece covers would show
         n_read = 0
         for start, stop, number, key in self._pieces.get((kind, segment.name), ()):
             low, high = max(start, segment.start), min(stop, segment.stop)
@@ -209,12 +234,3 @@ def _sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def _gather(own: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Merge a small dict of every rank, on every rank."""
-    if world_size == 1:
-        return own
-    parts: list[Any] = [None] * world_size
-    torch_dist.all_gather_object(parts, own)
-    return {key: value for part in parts for key, value in part.items()}

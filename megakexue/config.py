@@ -118,7 +118,14 @@ class ModelConfig:
                 "change one, or set model.d_head",
             )
         require(self.head_width % 2 == 0, f"model.d_head={self.head_width} must be even, since RoPE rotates pairs")
-        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps} must be positive")
+        for name in ("norm_eps", "residual_alpha", "branch_gain", "embed_scale", "logit_scale"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"model.{name}={value} must be positive")
+        require(
+            self.residual == "deepnorm" or self.deepnorm_recipe == "auto",
+            f"model.deepnorm_recipe={self.deepnorm_recipe} has no effect with model.residual={self.residual}: "
+            "use deepnorm, or leave the recipe at auto",
+        )
 
     @property
     def head_width(self) -> int:
@@ -200,13 +207,21 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        for name in ("lr", "eps"):
+            require(0 < getattr(self, name) < math.inf, f"optim.{name}={getattr(self, name)} must be positive")
+        require(0 <= self.weight_decay < math.inf, f"optim.weight_decay={self.weight_decay} must not be negative")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)} must be in [0, 1)")
         require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive; optim.clip=null turns it off")
         require(0 <= self.final_lr <= 1, f"optim.final_lr={self.final_lr} is a factor: it must be in [0, 1]")
         require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        decay = self.decay_steps
+        require(decay is None or decay > 0, f"optim.decay_steps={decay} must be positive")
         if self.schedule == "piecewise":
+            require(
+                all(step >= 0 and 0 <= factor < math.inf for step, factor in self.points.items()),
+                f"optim.points={self.points}: steps and factors must not be negative",
+            )
             require(len(self.points) > 0, "optim.schedule=piecewise needs optim.points, such as {1000: 1, 5000: 0.1}")
             require(
                 self.warmup_steps == 0,
@@ -322,6 +337,7 @@ class TrainConfig:
             f"train.global_batch_size={self.global_batch_size} must be a multiple of "
             f"train.micro_batch_size={self.micro_batch_size}",
         )
+        require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
 
     def n_micro_batches(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks takes in one optimizer step."""

@@ -83,7 +83,7 @@ class Batch:
     """The next token; IGNORED where that is PAD, or a BOS, which no document can predict."""
     positions: Int64[Tensor, "b t"]
     """Restart at 0 at each document, each row and the padding at a row's end."""
-    cu_seqlens: Int32[Tensor, "n"]
+    cu_seqlens: Int32[Tensor, " n"]
     """Where the positions restart in the flattened tokens, then b t: the boundaries for varlen attention."""
     n_targets: int
     samples: list[Position]
@@ -490,7 +490,8 @@ class Batches:
         """A hash of everything that the order depends on: a position means the same rows while it stays the same."""
         order = self.order
         shards = [rows.tolist() for rows in order.shards]
-        values = [shards, order.chosen, order.seed, order.shuffle, order.n_windows]
+        contents = [source.manifest["splits"][source.split].get("index_sha256") for source in self.sources]
+        values = [contents, shards, order.chosen, order.seed, order.shuffle, order.n_windows]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     def locate(self, position: Position) -> str:

@@ -10,6 +10,8 @@ What must stay true: `n_parameters` equals the module's sum, and FLOPs equal tor
 """
 
 import math
+from dataclasses import is_dataclass
+from typing import Any
 
 from megakexue.config import Config, ModelConfig
 from megakexue.model import AXES, shape
@@ -44,7 +46,8 @@ def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
     """Return bytes on each rank of weights, gradients, fp32 masters and optimizer state, by the ZeRO stage.
 
     ZeRO splits optimizer state and masters from stage 1 on, gradients from 2, weights from 3. In fp32, stage 0 trains
-    the weights themselves and has no masters. Communication buckets and activations come on top.
+    the weights themselves and has no masters. Communication buckets, activations, and an fp32 copy of the rank's
+    gradients during the optimizer's step come on top.
     """
     n, stage = n_parameters(config.model), config.engine.zero_stage
     width = 4 if config.engine.dtype == "fp32" else 2
@@ -61,12 +64,21 @@ def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
     }
 
 
+def settings(section: Any) -> str:
+    """All fields of a section on one line, those of its sections in braces."""
+    return " ".join(
+        f"{name}={{{settings(value)}}}" if is_dataclass(value) else f"{name}={value}"
+        for name, value in vars(section).items()
+    )
+
+
 def describe(config: Config, world_size: int) -> str:
-    """A few lines for the start of a run; `config.model` must be resolved."""
+    """The lines that stand before the first step: every setting, then what it costs; `config.model` is resolved."""
     model, train = config.model, config.train
     state = model_state_bytes(config, world_size)
     tokens = config.batch_tokens * train.steps
-    lines = [
+    lines = [f"{name + ':':<12}{settings(section)}" for name, section in vars(config).items()]
+    lines += [
         f"model       {n_parameters(model):,} parameters, {model.residual} alpha {model.residual_alpha:.4g}, "
         f"rope base {model.rope.base:.6g} for {model.rope.context} tokens, attention scale {model.attention.scale}",
         f"batch       {train.global_batch_size} rows x {config.data.seq_len} tokens = {config.batch_tokens:,} tokens: "

@@ -6,6 +6,7 @@ A launcher sets RANK, WORLD_SIZE, LOCAL_RANK and the address of rank 0; without 
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -36,13 +37,21 @@ def read_ranks() -> Ranks:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name) for name in names]
     if values == [None, None, None]:
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+            if int(os.environ.get(name, "1")) > 1:
+                raise UserError(
+                    f"{name}={os.environ[name]} says that several processes were started, but RANK, WORLD_SIZE and "
+                    "LOCAL_RANK are not set: start with `deepspeed launch/train.py`, or set them for each process"
+                )
         return Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
     missing = [name for name, value in zip(names, values) if value is None]
     if missing:
         raise UserError(f"the launcher set some of {names} but not {missing}: start with `deepspeed launch/train.py`")
     rank, world_size, local_rank = (int(value) for value in values if value is not None)
     # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or str(world_size)
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    if local is None:
+        raise UserError("the launcher set neither LOCAL_WORLD_SIZE nor LOCAL_SIZE: set it to the ranks of this node")
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=int(local))
 
 
@@ -67,9 +76,21 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def barrier() -> None:
     if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
-        # an all-reduce instead of torch's barrier, which warns on NCCL when it has to guess the device
+        # an all-reduce instead of torch's barrier, which warns on NCCL when it has to guess the device; reading the
+        # result makes this process wait, where NCCL alone would only make its stream wait
         device = "cuda" if torch_dist.get_backend() == "nccl" else "cpu"
-        torch_dist.all_reduce(torch.zeros(1, device=device))
+        total = torch.zeros(1, device=device)
+        torch_dist.all_reduce(total)
+        total.item()
+
+
+def gather(own: dict[str, Any]) -> dict[str, Any]:
+    """Merge a small dict of every rank, on every rank."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return own
+    parts: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def device() -> torch.device:

@@ -9,7 +9,7 @@ One step:
     1. the global number of target tokens is known before the first backward, so the loss of each micro-batch is its
        sum times loss_scale * world_size / n_targets (DeepSpeed averages over ranks);
     2. after the last backward one all-reduce gives every rank the same loss and gradient norm, in float64, so that
-       both do not depend on how ZeRO cut the tensors;
+       neither depends on how ZeRO cut the tensors;
     3. the guard decides; the optimizer is told the decision and one factor (unscaling and clipping);
     4. DeepSpeed's step runs in either case: with a decision of `skipped` it finds the masters unchanged, and clears
        its own gradient state in its own way.
@@ -47,6 +47,8 @@ class StepResult:
     """Before clipping."""
     n_targets: int
     status: Status
+    bad_ranks: list[int]
+    """Ranks whose own loss was not finite."""
 
 
 def start(config: EngineConfig) -> dist.Ranks:
@@ -64,6 +66,8 @@ def start(config: EngineConfig) -> dist.Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # true of fused kernels only: plain fp16 works on any CPU, slowly
         get_accelerator().is_fp16_supported = lambda: True
+        # numbers below 1e-38 make arithmetic a hundred times slower, and AdamW's moments of rare rows decay to them
+        torch.set_flush_denormal(True)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.read_ranks().local_world_size))
     else:
@@ -123,6 +127,7 @@ class Engine:
         """This rank's flat float32 masters, the very tensors that the optimizer keys its state by."""
         self.segments: list[Segment] = []
         self._find_segments()
+        self._silence_overflow_checks()
 
     # --- the segment table -----------------------------------------------------------------------------------------
 
@@ -173,6 +178,24 @@ class Engine:
             start=start, stop=stop, flat=flat, offset=offset,
         )  # fmt: skip
         self.segments.append(segment)
+
+    def _silence_overflow_checks(self) -> None:
+        """Switch off what no config key switches off: checks after which a step is dropped without a word."""
+        inner = self._engine.optimizer
+        if hasattr(inner, "check_grad_overflow"):  # stages 1, 2 in fp16
+            inner.check_grad_overflow = False
+        if hasattr(inner, "fp32_groups"):  # stage 0 in half precision: its step is these lines and the checks
+
+            def step() -> None:
+                pairs = [pair for groups in zip(inner.fp16_groups, inner.fp32_groups) for pair in zip(*groups)]
+                for weight, master in pairs:
+                    master.grad = weight.grad.float()
+                self.optimizer.step()
+                for weight, master in pairs:
+                    weight.data.copy_(master.data)
+                    master.grad = weight.grad = None
+
+            inner.step = step
 
     def state_tensors(self, kinds: Iterable[str]) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
         """Yield each segment of this rank with its views into `master` and the optimizer's state tensors."""
@@ -249,9 +272,10 @@ class Engine:
         """Take the micro-batches of one optimizer step, and apply the update unless the guard says otherwise."""
         assert len(batches) == self.n_micro_batches
         self._engine.train()
-        counts = torch.tensor([sum(batch.n_targets for batch in batches)], dtype=torch.int64, device=self.device)
-        n_targets = int(dist.sum_over_ranks(counts))
-        scale = self.guard.loss_scale * self.ranks.world_size / max(1, n_targets)
+        counts = torch.tensor(sum(batch.n_targets for batch in batches), dtype=torch.float64, device=self.device)
+        # stays on the device, so that the forward pass need not wait for the number
+        n_targets = dist.sum_over_ranks(counts).clamp(min=1)
+        scale = (self.guard.loss_scale * self.ranks.world_size / n_targets).float()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             loss = self._engine(*self._inputs(batch), gradient_scale=scale)
@@ -259,15 +283,21 @@ class Engine:
             loss_sum += loss.detach()
             if i < len(batches) - 1:
                 self._engine.step()  # counts the micro-step; the update is below
-        loss_value, grad_norm = self._loss_and_norm(loss_sum)
-        loss_value, grad_norm = loss_value / max(1, n_targets), grad_norm / self.guard.loss_scale
+        numbers = torch.stack([loss_sum, self._squared_norm()])
+        loss_total, squares, count = torch.cat([dist.sum_over_ranks(numbers), n_targets[None]]).tolist()
         loss_scale = self.guard.loss_scale
-        status = self.guard.decide(loss_value, grad_norm, step, str(batches[0].samples))
+        loss_mean, grad_norm = loss_total / count, squares**0.5 / loss_scale
+        status = self.guard.decide(loss_mean, grad_norm, step)
         applied = status == "applied"
         factor = clip_factor(self.config.optim, grad_norm) / loss_scale if applied else 0.0
         self.optimizer.prepare(is_applied=applied, lr=lr, gradient_factor=factor)
         self._engine.step()
-        return StepResult(loss=loss_value, grad_norm=grad_norm, n_targets=n_targets, status=status)
+        assert self.optimizer.has_stepped == applied, "DeepSpeed dropped a step, or took one that was to be skipped"
+        bad_ranks: list[int] = []
+        if not applied:
+            flags = dist.gather({str(self.ranks.rank): bool(loss_sum.isfinite())})
+            bad_ranks = [int(rank) for rank, is_finite in flags.items() if not is_finite]
+        return StepResult(loss=loss_mean, grad_norm=grad_norm, n_targets=int(count), status=status, bad_ranks=bad_ranks)
 
     @torch.no_grad()
     def evaluation_loss(self, batch: Batch) -> Tensor:
@@ -284,16 +314,17 @@ class Engine:
         boundaries = None if one_document else put(batch.cu_seqlens)
         return put(batch.tokens), put(batch.positions), boundaries, put(batch.targets)
 
-    def _loss_and_norm(self, loss_sum: Tensor) -> tuple[float, float]:
-        """Add up loss and squared gradient norm over all ranks, in one all-reduce of two numbers."""
+    def _squared_norm(self) -> Tensor:
+        """This rank's share of the squared norm of the reduced gradients."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradient in self._gradients():
-            # float64: any finite gradient has a finite square, and the order of the sum does not matter to float32
-            squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         if not self.is_sharded and not self.ranks.is_first:
-            squares.zero_()  # every rank holds every gradient: count them once
-        loss, total = dist.sum_over_ranks(torch.stack([loss_sum, squares])).tolist()
-        return loss, total**0.5
+            return squares  # every rank holds every gradient: count them once
+        for gradient in self._gradients():
+            # float64: any finite gradient has a finite square, and the order of the sum does not matter to float32;
+            # in pieces, since torch makes a float64 copy
+            for piece in gradient.view(-1).split(2**24):
+                squares += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+        return squares
 
     def _gradients(self) -> Iterator[Tensor]:
         """The reduced gradients of this rank between backward and step; any padding in them is zero."""

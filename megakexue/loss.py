@@ -5,7 +5,8 @@
 The [tokens, vocabulary] logits of a batch never exist at once. The loss is a sum: whoever calls divides it by the
 count of target tokens of the whole optimizer step, so that accumulation, ranks and padding cannot change it.
 
-What must stay true: softmax and the loss are float32; equal to `plain_cross_entropy` to rounding.
+What must stay true: softmax and the loss are float32, from logits rounded to the dtype of the hidden states; equal to
+`plain_cross_entropy` to rounding.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ CHUNK = 512
 
 
 def plain_cross_entropy(
-    hidden: Float[Tensor, "n m"], weight: Float[Tensor, "v m"], targets: Int64[Tensor, "n"], logit_scale: float
+    hidden: Float[Tensor, "n m"], weight: Float[Tensor, "v m"], targets: Int64[Tensor, " n"], logit_scale: float
 ) -> Float32[Tensor, ""]:
     """Return the same sum from all logits at once: the reference of the tests."""
     logits = (functional.linear(hidden, weight) * logit_scale).float()
@@ -32,9 +33,9 @@ def plain_cross_entropy(
 def cross_entropy(
     hidden: Float[Tensor, "n m"],
     weight: Float[Tensor, "v m"],
-    targets: Int64[Tensor, "n"],
+    targets: Int64[Tensor, " n"],
     logit_scale: float,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Float32[Tensor, ""] = 1.0,
 ) -> Float32[Tensor, ""]:
     """Return the sum of the losses over targets, in float32.
 
@@ -52,7 +53,7 @@ def cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float, gradient_scale: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float, gradient_scale: Any
     ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden)

@@ -181,7 +181,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "b t m"],
         rotary: Float32[Tensor, "b t 2 2 pair"],
         positions: Int64[Tensor, "b t"],
-        cu_seqlens: Int32[Tensor, "n"] | None,
+        cu_seqlens: Int32[Tensor, " n"] | None,
         backend: Backend,
         cache: KVCache | None,
     ) -> Float[Tensor, "b t m"]:
@@ -221,7 +221,7 @@ class Block(nn.Module):
         x: Float[Tensor, "b t m"],
         rotary: Float32[Tensor, "b t 2 2 pair"],
         positions: Int64[Tensor, "b t"],
-        cu_seqlens: Int32[Tensor, "n"] | None,
+        cu_seqlens: Int32[Tensor, " n"] | None,
         backend: Backend,
         cache: KVCache | None,
     ) -> Float[Tensor, "b t m"]:
@@ -252,7 +252,10 @@ class Head(nn.Module):
         self.scale = config.logit_scale
 
     def forward(
-        self, hidden: Float[Tensor, "b t m"], targets: Int64[Tensor, "b t"] | None, gradient_scale: float
+        self,
+        hidden: Float[Tensor, "b t m"],
+        targets: Int64[Tensor, "b t"] | None,
+        gradient_scale: float | Float32[Tensor, ""],
     ) -> Float32[Tensor, "*b_t_v"]:
         if targets is None:
             return functional.linear(hidden, self.weight).float() * self.scale
@@ -277,9 +280,9 @@ class Decoder(nn.Module):
         self,
         tokens: Int64[Tensor, "b t"],
         positions: Int64[Tensor, "b t"],
-        cu_seqlens: Int32[Tensor, "n"] | None = None,
+        cu_seqlens: Int32[Tensor, " n"] | None = None,
         targets: Int64[Tensor, "b t"] | None = None,
-        gradient_scale: float = 1.0,
+        gradient_scale: float | Float32[Tensor, ""] = 1.0,
         caches: list[KVCache] | None = None,
         n_positions: int | None = None,
     ) -> Float32[Tensor, "*b_t_v"]:

@@ -100,11 +100,13 @@ class AdamW(torch.optim.Optimizer):
         self.n_updates = 0
         """Updates applied, which the bias correction counts; fewer than steps after skips."""
         self._is_applied, self._gradient_factor = False, 1.0
+        self.has_stepped = False
+        """Whether `step` has run since `prepare`: what the engine was told to apply was applied."""
 
     def prepare(self, *, is_applied: bool, lr: float, gradient_factor: float) -> None:
         """Set what the next `step` does. DeepSpeed may call `step` several times for one update (stage 3)."""
         self._is_applied, self._gradient_factor = is_applied, gradient_factor
-        self.n_updates += is_applied
+        self.has_stepped = False
         for group in self.param_groups:
             group["lr"] = lr
 
@@ -121,6 +123,8 @@ class AdamW(torch.optim.Optimizer):
         assert closure is None
         if not self._is_applied:
             return
+        self.n_updates += not self.has_stepped
+        self.has_stepped = True
         for group in self.param_groups:
             flats = [p for p in group["params"] if p.grad is not None]
             if not flats:  # stage 3 steps one sub-group at a time
@@ -137,7 +141,7 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, kinds: list[list[Tensor]], group: dict[str, Any]) -> None:
         weights, gradients, exp_avgs, exp_avg_sqs = kinds
         # the kernel wants a counter for each tensor, and adds the one itself
-        steps = [torch.tensor(self.n_updates - 1.0, device=w.device) for w in weights]
+        steps = [torch.full((), self.n_updates - 1.0, device=w.device) for w in weights]
         adamw(
             weights, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False,
             lr=group["lr"], beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps,

@@ -19,10 +19,12 @@ import heapq
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
@@ -97,7 +99,7 @@ class Tokenizer:
 
         Bytes may be any; in a string a lone surrogate that does not stand for a byte (PEP 383) raises UserError.
         """
-        return self._encode(text, self._processor.encode)
+        return self.encode_array(text).tolist()
 
     def sample(self, text: str | bytes, alpha: float) -> list[int]:
         """Draw a segmentation of the text with probability proportional to exp(alpha * score) (9811).
@@ -108,25 +110,41 @@ class Tokenizer:
         Raises:
             UserError: the model is not unigram, or alpha is negative or not finite.
         """
-        require(self.is_unigram, f"{self.path} is a BPE model, which has no segmentation lattice: sample needs unigram")
-        require(math.isfinite(alpha) and alpha >= 0, f"alpha={alpha} must be finite and not negative")
+        return self.encode_array(text, alpha).tolist()
 
-        def draw(part: str) -> list[int]:
-            return self._processor.encode(part, enable_sampling=True, nbest_size=-1, alpha=alpha)
-
-        return self._encode(text, draw)
-
-    def _encode(self, text: str | bytes, encode: Callable[[str], list[int]]) -> list[int]:
+    def encode_array(self, text: str | bytes, alpha: float | None = None) -> npt.NDArray[np.int32]:
+        """Return what `encode` or, with alpha, `sample` returns, as an array, without a Python integer for each id."""
+        options: dict[str, Any] = {"return_type": "numpy"}
+        if alpha is not None:
+            require(
+                self.is_unigram, f"{self.path} is a BPE model, which has no segmentation lattice: sample needs unigram"
+            )
+            require(math.isfinite(alpha) and alpha >= 0, f"alpha={alpha} must be finite and not negative")
+            options |= {"enable_sampling": True, "nbest_size": -1, "alpha": alpha}
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
-        if not self._is_plain(text):
-            return self._encode_special(text, encode)
-        if len(text) <= CUT_CHARS:
-            return encode(text)
-        ids: list[int] = []
-        for part in self._cut(text):
-            ids += encode(part)
-        return ids
+        parts = [np.empty(0, np.int32)]
+        for part in self._parts(text):
+            ids = self._processor.encode(part, **options) if isinstance(part, str) else np.array(part, np.int32)
+            parts.append(ids)
+        return np.concatenate(parts)
+
+    def _parts(self, text: str) -> Iterator[str | list[int]]:
+        """Yield text for sentencepiece, and the ids of what it would not encode exactly."""
+        if self._is_plain(text):
+            yield from self._cut(text)
+            return
+        for i, part in enumerate(self._special.split(text)):
+            if i % 2 == 0:
+                yield from self._cut(part)
+            elif part in self._symbol_ids:
+                yield [self._symbol_ids[part]]
+            else:
+                try:
+                    data = part.encode("utf-8", "surrogateescape")
+                except UnicodeEncodeError as error:
+                    raise UserError(f"the text is not Unicode: lone surrogate {part[error.start]!r}") from error
+                yield [self._byte_ids[byte] for byte in data]
 
     def _is_plain(self, text: str) -> bool:
         """Say whether sentencepiece alone is exact: a few passes at 1 GB/s, against its own 0.01."""
@@ -136,22 +154,6 @@ class Tokenizer:
             return text.isascii() or text.encode() != b""
         except UnicodeEncodeError:  # a lone surrogate
             return False
-
-    def _encode_special(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        ids: list[int] = []
-        for i, part in enumerate(self._special.split(text)):
-            if i % 2 == 0:
-                for plain in self._cut(part):
-                    ids += encode(plain)
-            elif part in self._symbol_ids:
-                ids.append(self._symbol_ids[part])
-            else:
-                try:
-                    data = part.encode("utf-8", "surrogateescape")
-                except UnicodeEncodeError as error:
-                    raise UserError(f"the text is not Unicode: lone surrogate {part[error.start]!r}") from error
-                ids += [self._byte_ids[byte] for byte in data]
-        return ids
 
     def _cut(self, text: str) -> Iterator[str]:
         start = 0
@@ -177,9 +179,10 @@ class Tokenizer:
 
 
 def set_sample_seed(seed: int) -> None:
-    """Seed the generator of `sample`, one for each thread of a process.
+    """Seed the generator of `sample`, one for each thread, for draws that repeat within this process.
 
-    A fork copies the generator: processes that are not seeded differently draw the same segmentations.
+    Another process draws differently from the same seed, since sentencepiece mixes a salt of the process into it.
+    A fork copies both: processes that are not seeded differently draw the same segmentations.
     """
     sentencepiece.set_random_generator_seed(seed % (2**32 - 1))  # sentencepiece ignores 2^32 - 1
 
@@ -241,7 +244,6 @@ def train_tokenizer(
         UserError: an argument is wrong, there is too little text, or the vocabulary does not fit the text.
     """
     require(vocab_size > 0, f"vocab_size={vocab_size} must be positive")
-    require(kind in ("unigram", "bpe"), f"kind={kind!r} must be 'unigram' or 'bpe'")
     require(sample_bytes > 0, f"sample_bytes={sample_bytes} must be positive")
     require(0.98 <= character_coverage <= 1, f"character_coverage={character_coverage} must be in [0.98, 1]")
     require(1 <= n_threads <= 128, f"n_threads={n_threads} must be in [1, 128]")

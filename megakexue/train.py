@@ -16,11 +16,13 @@ started again is bit for bit the run that was not.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -28,14 +30,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megakexue import checkpoint
-from megakexue.config import Config, UserError, require, to_yaml
+from megakexue import __version__, checkpoint, dist
+from megakexue.config import Config, UserError, require, sha256, to_yaml
 from megakexue.data import Batch, Batches, Position
 from megakexue.describe import describe, flops_per_token
 from megakexue.engine import Engine, start
 from megakexue.evaluate import validation_loss
 from megakexue.export import Bundle
-from megakexue.metrics import Metrics, StepRecord, memory_gib, peak_flops
+from megakexue.guard import TrainingStopped
+from megakexue.metrics import Metrics, StepRecord, memory_gib, peak_flops, read_metrics
 from megakexue.model import initial_weight, resolve
 from megakexue.optim import lr_factor
 
@@ -55,8 +58,8 @@ def train(config: Config) -> None:
     config.train.n_micro_batches(ranks.world_size)  # refuses a batch that does not divide, before any folder is made
     run = Path(config.train.run)
     with ExitStack() as stack:
-        _open_log(run, ranks.rank)
-        source = _source()
+        _open_run(run, ranks, stack)
+        source = _source() if ranks.is_first else ""
 
         def batches(split: str) -> Batches:
             made = Batches(
@@ -74,12 +77,21 @@ def train(config: Config) -> None:
         )
         valid = batches("valid") if config.evaluate.every_steps else None
         folder, warnings = checkpoint.find(run / "checkpoints", ranks)
+        n_recorded = max((r.step for r in read_metrics(run)), default=0) if (run / "metrics.jsonl").exists() else 0
+        require(
+            folder is not None or n_recorded < config.checkpoint.every_steps,
+            f"train.run={run} has metrics up to step {n_recorded} but no checkpoint: restore {run / 'checkpoints'}, or "
+            "choose another train.run",
+        )
         engine = Engine(config, ranks)
         if folder is not None:
             state = checkpoint.load(folder, engine, lambda trainer: _check_resume(trainer, config, data))
             data.seek(Position(**state["position"]))
             step, tokens = state["step"], state["tokens"]
-            origin = f"resumed from {folder}"
+            changes = _differences(state["config"], _plain(config))
+            if state["world_size"] != ranks.world_size:
+                changes.append(f"ranks {state['world_size']} -> {ranks.world_size}")
+            origin = f"resumed from {folder}" + (f"; changed since: {', '.join(changes)}" if changes else "")
         else:
             step = tokens = 0
             origin = _start_weights(engine, config)
@@ -98,7 +110,8 @@ def train(config: Config) -> None:
             metrics.message(f"start       {origin}\n{peak_source}")
         log.info("step %d of %d: %s", step, n_steps, origin)
         if step >= last_step and metrics:
-            metrics.message(f"nothing to do: {run} is at step {step}; raise train.steps to train on")
+            limit = "train.steps" if last_step == n_steps else "train.stop_at_step"
+            metrics.message(f"nothing to do: {run} is at step {step}; raise {limit} to train on")
 
         while step < last_step:
             # ----- one optimizer step -----------------------------------------------------------------------------
@@ -111,8 +124,8 @@ def train(config: Config) -> None:
             step_s = time.perf_counter() - began
             if result.status != "applied":
                 rows = [data.locate(sample) for batch in micro_batches for sample in batch.samples]
-                log.warning("step %d %s: loss %s, norm %s, rows %s", step, result.status, result.loss,
-                            result.grad_norm, rows)  # fmt: skip
+                log.warning("%s; ranks whose own loss is not finite: %s; rows of this rank: %s",
+                            result, result.bad_ranks, rows)  # fmt: skip
             if metrics:
                 flops = flops_per_token(config.model, _mean_visible_keys(micro_batches)) * config.batch_tokens
                 metrics.log_step(
@@ -124,6 +137,11 @@ def train(config: Config) -> None:
                         epoch=data.position.epoch + data.position.sample / data.n_rows,
                     )
                 )  # fmt: skip
+            if engine.guard.reason_to_stop:
+                raise TrainingStopped(
+                    f"{engine.guard.reason_to_stop}; ranks with a bad loss of their own: {result.bad_ranks}; the rows "
+                    f"are in {run / 'logs'}"
+                )
             if valid and config.evaluate.every_steps and (step % config.evaluate.every_steps == 0 or step == n_steps):
                 loss, n_tokens = validation_loss(engine, valid, config.evaluate.n_rows)
                 if metrics:
@@ -132,8 +150,8 @@ def train(config: Config) -> None:
                 trainer = {
                     "step": step, "tokens": tokens, "position": dataclasses.asdict(data.position),
                     "n_updates": engine.optimizer.n_updates, "guard": engine.guard.state_dict(),
-                    "model": dataclasses.asdict(config.model), "optim": dataclasses.asdict(config.optim),
-                    "data": data.fingerprint, "source": source, "world_size": ranks.world_size,
+                    "config": _plain(config), "data": data.fingerprint, "source": source,
+                    "world_size": ranks.world_size,
                 }  # fmt: skip
                 path = checkpoint.save(
                     run / "checkpoints", engine, trainer, step=step, keep_last=config.checkpoint.keep_last
@@ -159,10 +177,11 @@ def _start_weights(engine: Engine, config: Config) -> str:
         engine.load(initial)
         engine.check_weights()
         return f"new weights from train.seed={seed}"
-    bundle = Bundle(config.train.init_from)
-    differing = _differences(dataclasses.asdict(bundle.config), dataclasses.asdict(config.model))
-    # neither changes what the weights compute
-    differing = [line for line in differing if not line.startswith(("attention.backend", "branch_gain"))]
+    bundle = Bundle(config.train.init_from, check_hashes=engine.ranks.is_first)
+    differing = _differences(_plain(bundle.config), _plain(config.model))
+    # none of these changes what the weights compute
+    harmless = ("attention.backend", "branch_gain", "rope.context")
+    differing = [line for line in differing if not line.startswith(harmless)]
     require(
         not differing,
         f"train.init_from={bundle.folder}: its model differs from `model`: {'; '.join(differing)}: "
@@ -175,19 +194,27 @@ def _start_weights(engine: Engine, config: Config) -> str:
 
 def _check_resume(trainer: dict[str, Any], config: Config, data: Batches) -> None:
     """Refuse to go on from a checkpoint of another model, optimizer family or order of data."""
-    differing = _differences(trainer["model"], dataclasses.asdict(config.model))
-    differing = [line for line in differing if not line.startswith("attention.backend")]
+    differing = _differences(trainer["config"]["model"], _plain(config.model), "model.")
+    differing = [line for line in differing if not line.startswith("model.attention.backend")]
+    optimizers = (trainer["config"]["optim"]["name"], config.optim.name)
+    if optimizers[0] != optimizers[1]:
+        differing.append(f"optim.name {optimizers[0]} -> {optimizers[1]}")
     require(
         not differing,
-        f"train.run={config.train.run} holds a checkpoint of another model: {'; '.join(differing)}: "
+        f"train.run={config.train.run} holds a checkpoint of another model or optimizer: {'; '.join(differing)}: "
         "undo the change, or choose another train.run",
     )
     require(
         trainer["data"] == data.fingerprint,
-        f"train.run={config.train.run}: its checkpoint was made with other data.sources, weights, data.shuffle or "
+        f"train.run={config.train.run}: its checkpoint was made with other data, weights, data.shuffle or "
         "data.shuffle_seed, so its position in the data means nothing: undo the change, or start a new train.run from "
         "an exported bundle (train.init_from)",
     )
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """A config dataclass as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(section)))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -208,18 +235,21 @@ def _mean_visible_keys(batches: list[Batch]) -> float:
 
 
 def _source() -> str:
-    """The commit of this code and a hash of what is not committed; outside a repository, the version."""
+    """The commit of this code and a hash of what is not committed; outside its own repository, the version."""
+    root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
 
     try:
+        is_own = Path(git("rev-parse", "--show-toplevel").strip()) == root
         commit, difference = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+        new_files = git("ls-files", "--others", "--exclude-standard").splitlines()
     except (OSError, subprocess.CalledProcessError):
-        from megakexue import __version__
-
+        is_own = False
+    if not is_own:
         return f"megakexue {__version__}"
+    difference += "".join(f"{name} {sha256(root / name)}" for name in new_files)
     if difference:
         commit += f" with uncommitted changes {hashlib.sha256(difference.encode()).hexdigest()[:12]}"
     return commit
@@ -236,13 +266,41 @@ def _describe_run(run: Path, config: Config, engine: Engine, source: str) -> Non
     shutil.copyfile(config.data.tokenizer, run / "tokenizer.model")
 
 
-def _open_log(run: Path, rank: int) -> None:
-    """Send this rank's log, and its traceback if it fails, to the run folder; tracebacks go to stderr as well."""
+def _open_run(run: Path, ranks: dist.Ranks, stack: ExitStack) -> None:
+    """Take the run folder for this run alone, and send this rank's log and traceback to it.
+
+    Raises:
+        UserError: the folder cannot be made, another run is using it, or the nodes do not share it.
+    """
     try:
         (run / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.run={run}: cannot make the run folder: {error}") from error
-    handler = logging.FileHandler(run / "logs" / f"rank_{rank}.log", encoding="utf-8")
+    token = ""
+    if ranks.is_first:
+        lock = stack.enter_context(open(run / "lock", "a+", encoding="utf-8"))
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the kernel frees it when the process ends, however it ends
+        except BlockingIOError:
+            lock.seek(0)
+            token = f"in use by {lock.read().strip()}"
+        else:
+            token = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
+            lock.truncate(0)
+            lock.write(token + "\n")
+            lock.flush()
+    token = dist.gather({"token": token} if ranks.is_first else {})["token"]
+    require(not token.startswith("in use"), f"train.run={run} is {token}: end that run first, or choose another folder")
+    own = (run / "lock").read_text(encoding="utf-8").strip() if (run / "lock").exists() else ""
+    strangers = dist.gather({socket.gethostname(): True} if own != token else {})
+    require(
+        not strangers,
+        f"train.run={run} is not the same folder on {sorted(strangers)} as on the first node: put it on a file system "
+        "that all nodes share",
+    )
+    handler = logging.FileHandler(run / "logs" / f"rank_{ranks.rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)

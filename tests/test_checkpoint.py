@@ -121,7 +121,7 @@ def test_damage_is_found_and_the_one_before_is_used(prepared: Prepared, tmp_path
     run_on_ranks(1, write_checkpoints, config, folder)
     assert [path.name for path in checkpoint.step_folders(folder)] == ["step_00000003", "step_00000002"]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000003"]
-    assert json.loads((folder / "latest").read_text()) == "step_00000003"
+    assert (folder / "latest").read_text() == "step_00000003\n"
     newest = folder / "step_00000003"
 
     def flip_a_bit(path: Path) -> None:
@@ -149,6 +149,8 @@ def test_damage_is_found_and_the_one_before_is_used(prepared: Prepared, tmp_path
         found, warnings = checkpoint.find(folder, ALONE)
         assert found == folder / "step_00000002", message
         assert len(warnings) == 1 and message in warnings[0] and "step_00000003" in warnings[0]
+        # put aside, so that it neither comes back nor takes a place among the kept
+        assert not newest.exists() and newest.with_suffix(".damaged").is_dir()
         shutil.rmtree(folder)
         (tmp_path / "spare").rename(folder)
     assert checkpoint.find(folder, ALONE) == (newest, [])
@@ -157,6 +159,27 @@ def test_damage_is_found_and_the_one_before_is_used(prepared: Prepared, tmp_path
     with pytest.raises(UserError, match=r"no sound checkpoint in .*Restore a folder, or move .* away"):
         checkpoint.find(folder, ALONE)
     assert checkpoint.find(tmp_path / "none", ALONE) == (None, [])
+
+
+def save_after_fallback(config: Config, folder: Path) -> list[str]:
+    from megakexue.engine import Engine, start
+
+    engine = Engine(config, start(config.engine))
+    _fill(engine, base=0)
+    for step in (20, 30):
+        checkpoint.save(folder, engine, {"step": step}, step=step, keep_last=2)
+    (folder / "step_00000030" / "trainer.json").unlink()
+    shutil.copytree(folder / "step_00000020", folder / "step_00000020_best")
+    found, _ = checkpoint.find(folder, ALONE)
+    assert found is not None and found.name == "step_00000020"
+    saved = checkpoint.save(folder, engine, {"step": 25}, step=25, keep_last=1)
+    assert saved.is_dir()
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_keeping_the_last_removes_neither_the_new_one_nor_the_users_own(prepared: Prepared, tmp_path: Path) -> None:
+    (names,) = run_on_ranks(1, save_after_fallback, make_config(prepared), tmp_path)
+    assert names == ["latest", "step_00000020_best", "step_00000025", "step_00000030.damaged"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(prepared: Prepared, tmp_path: Path) -> None:

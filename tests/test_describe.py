@@ -52,6 +52,7 @@ def test_description_names_the_numbers() -> None:
     config = load_config(ROOT / "configs" / "tiny_gqa.yaml")
     object.__setattr__(config, "model", resolve(config.model, "adamw", config.data.seq_len))
     text = describe(config, 2)
-    for words in (f"{n_parameters(config.model):,} parameters", "rope base 7400 for 256 tokens", "2 ranks x 2 micro-ba",
+    for words in ("model:      vocab_size=4096 d_model=128", "rope={base=7400.0 context=256}", "train:      run=runs/",
+                  f"{n_parameters(config.model):,} parameters", "rope base 7400 for 256 tokens", "2 ranks x 2 micro-ba",
                   "16 rows x 256 tokens = 4,096 tokens", "200 steps = 819,200 tokens", "ZeRO-1 fp32"):  # fmt: skip
         assert words in text

@@ -1,5 +1,6 @@
 """The loop: stopped and resumed is never stopped, at every stage; what a run folder holds; refusals."""
 
+import fcntl
 import json
 import os
 import re
@@ -46,7 +47,7 @@ def column(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records(run)]
 
 
-def state_hashes(run: Path, step: int) -> dict[str, str]:
+def state_hashes(run: Path, step: int) -> dict[str, Any]:
     manifest = json.loads((run / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
     return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
@@ -85,6 +86,10 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
         # masters, moments and random state of both ranks, bit for bit
         a, b = state_hashes(straight, 8), state_hashes(stopped, 8)
         assert a.keys() == b.keys() == {"rank_00000.safetensors", "rank_00001.safetensors", "trainer.json"}
+        for run in (straight, stopped):
+            state = json.loads((run / "checkpoints" / "step_00000008" / "trainer.json").read_text())
+            assert state["config"]["train"].pop("run") == str(run)
+            (a if run == straight else b)["trainer.json"] = state
         assert a == b, name
     # and the stages agree with one another: sums in another order, stated in tests/test_engine.py
     losses = {name: [r["loss"] for r in records(tmp_path / f"straight_{name}")] for name in names}
@@ -95,12 +100,16 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
 
 @pytest.mark.slow
 def test_micro_batches_and_ranks_do_not_change_the_loss(prepared: Prepared, tmp_path: Path) -> None:
-    one = [tiny_config(prepared, tmp_path / f"one_{m}", f"train.micro_batch_size={m}") for m in (2, 16)]
-    two = [tiny_config(prepared, tmp_path / f"two_{m}", f"train.micro_batch_size={m}") for m in (1, 8)]
-    run_on_ranks(1, train_all, one)
-    run_on_ranks(2, train_all, two)
-    reference = column(tmp_path / "one_16")
-    for run in ("one_2", "two_1", "two_8"):
+    runs = {(1, 48): 1, (1, 6): 1, (2, 24): 1, (2, 3): 1, (3, 16): 0, (3, 2): 1, (3, 4): 2, (3, 8): 3}
+    for world in (1, 2, 3):
+        configs = [
+            tiny_config(prepared, tmp_path / f"{world}_{micro}", f"train.micro_batch_size={micro}",
+                        "train.global_batch_size=48", f"engine.zero_stage={stage}")
+            for (n, micro), stage in runs.items() if n == world
+        ]  # fmt: skip
+        run_on_ranks(world, train_all, configs)
+    reference = column(tmp_path / "1_48")
+    for run in (f"{world}_{micro}" for world, micro in runs):
         for got, want in zip(column(tmp_path / run), reference, strict=True):
             # rows and tokens are the same ones; losses differ by the order of float32 sums
             for key in want:
@@ -146,20 +155,64 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> Non
     assert column(tmp_path / "killed") == column(tmp_path / "straight")
     assert [r["step"] for r in records(tmp_path / "killed")] == list(range(1, 31))
 
-    # what the user was told before the first step, and the folder as docs/run_folder.md shows it
+    # what the user was told before the first step, and the folder as docs/folders.md shows it
     for words in ("parameters, deepnorm alpha", "rope base", "30 steps = 30,720 tokens", "ZeRO-3 fp32, per rank",
                   "attention   blocked: the fastest form on CPU", "weights from train.seed=0", "matmul"):  # fmt: skip
         assert words in output
     assert len(re.findall(r"step +\d+/30  loss .* grad .* lr .* tok/s  mfu .* mem .* applied", output)) == 30
     run = tmp_path / "straight"
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "deepspeed.json", "logs", "metrics.jsonl", "source.txt", "tokenizer.model",
+        "checkpoints", "config.yaml", "deepspeed.json", "lock", "logs", "metrics.jsonl", "source.txt",
+        "tokenizer.model",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     assert "step 0 of 30" in (run / "logs" / "rank_1.log").read_text()
     resolved = load_config(run / "config.yaml")
     assert isinstance(resolved.model.rope.base, float) and resolved.model.residual_alpha is not None
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
+
+
+def train_poisoned(config: Config) -> str:
+    """Train with an embedding that is NaN from the third step on."""
+    from megakexue.guard import TrainingStopped
+    from megakexue.model import Embedding
+    from megakexue.train import train
+
+    forward, n_calls = Embedding.forward, 0
+
+    def poisoned(self: Any, tokens: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        return forward(self, tokens) * (float("nan") if n_calls > 2 else 1.0)
+
+    Embedding.forward = poisoned  # type: ignore[method-assign]
+    try:
+        train(config)
+    except TrainingStopped as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize(
+    ("policy", "last_step", "words"),
+    [
+        ("stop", 3, "guard.on_nonfinite=stop ends the run here"),
+        ("skip", 4, "2 bad steps in a row (guard.max_bad_steps)"),
+    ],
+)
+def test_bad_steps_end_the_run_and_are_on_record(
+    prepared: Prepared, tmp_path: Path, policy: str, last_step: int, words: str
+) -> None:
+    config = tiny_config(
+        prepared, tmp_path, f"guard.on_nonfinite={policy}", "guard.max_bad_steps=2", "train.micro_batch_size=16",
+        "evaluate.every_steps=null",
+    )  # fmt: skip
+    (message,) = run_on_ranks(1, train_poisoned, config)
+    assert f"step {last_step}: loss nan" in message and words in message and "ranks with a bad loss" in message
+    assert [r["status"] for r in records(tmp_path)] == ["applied"] * 2 + ["skipped"] * (last_step - 2)
+    assert records(tmp_path)[-1]["loss"] == "nan"
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert re.search(r"rows of this rank: \['.*train/shard.00000.mds row \d+', ", log)
 
 
 def train_expecting(config: Config) -> str:
@@ -170,6 +223,26 @@ def train_expecting(config: Config) -> str:
     except UserError as error:
         return str(error)
     return "went on"
+
+
+def test_a_lost_checkpoint_folder_does_not_erase_the_metrics(prepared: Prepared, tmp_path: Path) -> None:
+    config = tiny_config(prepared, tmp_path / "run", "train.steps=4", "checkpoint.every_steps=2")
+    assert run_on_ranks(1, train_expecting, config) == ["went on"]
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    (message,) = run_on_ranks(1, train_expecting, config)
+    assert "has metrics up to step 4 but no checkpoint: restore" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_two_runs_do_not_share_a_folder(prepared: Prepared, tmp_path: Path) -> None:
+    tmp_path.mkdir(exist_ok=True)
+    with open(tmp_path / "lock", "w") as lock:
+        lock.write("pid 7 on another")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (message,) = run_on_ranks(1, train_expecting, tiny_config(prepared, tmp_path))
+    assert "is in use by pid 7 on another: end that run first, or choose another folder" in message
 
 
 def refusals(first: Config, others: list[Config]) -> list[str]:
@@ -192,7 +265,7 @@ def test_resuming_something_else_is_refused(prepared: Prepared, tmp_path: Path) 
     ]
     messages = run_on_ranks(1, refusals, first, others)[0]
     expected = [
-        "holds a checkpoint of another model: d_ff 48 -> 64: undo the change, or choose another train.run",
+        "holds a checkpoint of another model or optimizer: model.d_ff 48 -> 64: undo the change, or choose another",
         "so its position in the data means nothing: undo the change, or start a new train.run",
         "went on",
         "flash needs a CUDA device",

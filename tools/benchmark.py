@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Compare the parts that are ours with the obvious way, on one CPU thread: interleaved rounds, CPU seconds, medians."""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+from megakexue.config import OptimConfig, run_program
+
+EPILOG = """\
+example:
+  tools/benchmark.py --rounds 9
+
+Each line is the median over the rounds of (ours / other) in CPU seconds of this process, and the range that holds the
+middle half of the rounds. Below 1 ours is faster. Rounds are interleaved, so that a busy machine slows both.
+"""
+
+
+def compare(
+    ours: Callable[[], None], other: Callable[[], None], rounds: int
+) -> tuple[float, float, float, float, float]:
+    """Return (median ratio, its lower and upper quartile, median ms of ours, of the other)."""
+    times: dict[Callable[[], None], list[float]] = {ours: [], other: []}
+    ours()  # the first call sets kernels up
+    other()
+    for i in range(rounds):
+        for arm in (ours, other) if i % 2 else (other, ours):
+            began = time.process_time()
+            arm()
+            times[arm].append(time.process_time() - began)
+    ratios = [a / b for a, b in zip(times[ours], times[other])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high, statistics.median(times[ours]) * 1e3, statistics.median(times[other]) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="at least 2 (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds} must be at least 2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from megakexue.attention import Backend, attend
+    from megakexue.loss import cross_entropy, plain_cross_entropy
+    from megakexue.optim import AdamW
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, load average {os.getloadavg()[0]:.1f}, {arguments.rounds} rounds")
+
+    def report(what: str, ours: Callable[[], None], other: Callable[[], None]) -> None:
+        middle, low, high, own_ms, other_ms = compare(ours, other, arguments.rounds)
+        print(f"{what:<68} {middle:5.2f} ({low:.2f} .. {high:.2f})   {own_ms:7.1f} ms, {other_ms:7.1f} ms", flush=True)
+
+    b, t, h, g, d = 4, 512, 6, 6, 64
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(b, t, n, d, dtype=dtype, requires_grad=True) for n in (h, g, g))
+        for n_documents in (1, 4):
+            length = t // n_documents
+            positions = torch.arange(t).remainder(length).expand(b, t)
+            cu_seqlens = None if n_documents == 1 else torch.arange(0, b * t + 1, length, dtype=torch.int32)
+
+            def run(backend: Backend, inputs: tuple = (q, k, v, positions, cu_seqlens)) -> None:
+                attend(*inputs, backend=backend).sum().backward()
+
+            name = str(dtype).removeprefix("torch.")
+            report(
+                f"attention {name} b{b} h{h} t{t} d{d}, {n_documents} documents a row: blocked / SDPA",
+                partial(run, "blocked"),
+                partial(run, "sdpa"),
+            )
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = torch.randn(2048, 384, dtype=dtype, requires_grad=True)
+        weight = (torch.randn(32000, 384) / 384**0.5).to(dtype).requires_grad_()
+        targets = torch.randint(0, 32000, (2048,))
+        name = str(dtype).removeprefix("torch.")
+
+        def loss(function: Callable, inputs: tuple = (hidden, weight, targets, 1.0)) -> None:
+            function(*inputs).backward()
+
+        what = f"cross-entropy {name} n2048 m384 v32000: chunked / all logits at once"
+        report(what, partial(loss, cross_entropy), partial(loss, plain_cross_entropy))
+    n = 20_000_000
+    ours, other = (torch.nn.Parameter(torch.randn(n)) for _ in range(2))
+    ours.grad, other.grad = torch.randn(n), torch.randn(n)
+    optimizer = AdamW([{"params": [ours], "weight_decay": 0.1}], OptimConfig())
+    fused = torch.optim.AdamW([other], fused=True)
+
+    def step() -> None:
+        optimizer.prepare(is_applied=True, lr=1e-3, gradient_factor=1.0)
+        optimizer.step()
+
+    def fused_step() -> None:
+        fused.step()
+
+    report("AdamW, one flat tensor of 20M: ours / torch fused", step, fused_step)
+
+
+if __name__ == "__main__":
+    run_program(main)
