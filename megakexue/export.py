@@ -68,7 +68,7 @@ def export_run(
     folders = checkpoint.step_folders(run / "checkpoints")
     require(bool(folders), f"{run} has no checkpoint yet: train on, or lower checkpoint.every_steps")
     if step is not None:
-        steps = [int(folder.name.removeprefix("step_")) for folder in folders]
+        steps = [checkpoint.step_of(folder) for folder in folders]
         require(step in steps, f"{run} has no checkpoint of step {step}: it has {sorted(steps)}")
         folders = [folders[steps.index(step)]]
     folder = folders[0]

@@ -889,7 +889,7 @@ def write_rows(
             counts["bytes"] += int(block.sizes[chosen].sum())
         return keep
 
-    plan = enumerate(plan_jobs(find_files(inputs), folder / "spool", args.text_key))
+    plan = plan_jobs(find_files(inputs), folder / "spool", args.text_key)
     jobs: dict[int, tuple[Job, int]] = {}  # number -> block, its worker
     blocks: dict[int, Block] = {}  # read, not yet judged
     tokens: dict[int, list[np.ndarray]] = {}  # not yet packed
@@ -899,15 +899,14 @@ def write_rows(
     while True:
         # What waits to be packed is bounded too, or one slow block would let the others fill the memory.
         while more and min(load) < LOOKAHEAD and n_planned - n_packed < (LOOKAHEAD + 1) * len(load):
-            number, job = next(plan, (-1, None))
-            if job is None:
+            if (next_job := next(plan, None)) is None:
                 more = False
                 break
             worker = load.index(min(load))
             load[worker] += 1
-            jobs[number] = job, worker
+            jobs[n_planned] = next_job, worker
+            workers.send(worker, "read", n_planned, next_job)
             n_planned += 1
-            workers.send(worker, "read", number, job)
         if not more and n_packed == n_planned:
             break
         worker, number, answer = workers.receive()

@@ -165,6 +165,16 @@ class Trap:
         return Path.touch, (self.path,)
 
 
+def duplicate_weights(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
+    reseal(folder)
+
+
+def put_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap(folder.parent / "trapped")))
+    reseal(folder)
+
+
 REFUSED: dict[str, Callable[[Path], Any]] = {
     r"model.safetensors is damaged: its sha256 is not that of manifest.json; copy the folder again": lambda b: (
         flip_a_bit(b / "model.safetensors")
@@ -205,14 +215,8 @@ REFUSED: dict[str, Callable[[Path], Any]] = {
     r"head.weight has shape \(6204,\)": lambda b: (
         edit_weights(b, lambda w: w.update({"head.weight": torch.ones(517 * 12)}))
     ),
-    r"model.safetensors: \S+ is in another file too: export the bundle again": lambda b: (
-        shutil.copy(b / "model.safetensors", b / "model-2.safetensors"),
-        reseal(b),
-    ),
-    r"model.safetensors is no safetensors file": lambda b: (
-        (b / "model.safetensors").write_bytes(pickle.dumps(Trap(b.parent / "trapped"))),
-        reseal(b),
-    ),
+    r"model.safetensors: \S+ is in another file too: export the bundle again": lambda b: duplicate_weights(b),
+    r"model.safetensors is no safetensors file": lambda b: put_a_pickle(b),
     r"config.yaml: .*python/object": lambda b: (
         edit_config(b, "lineage:", f"trap: !!python/object/apply:os.mkdir [{b.parent / 'trapped'}]\nlineage:")
     ),
@@ -462,12 +466,13 @@ def test_the_program_exports_and_tells(trained: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(prepared: Prepared, tmp_path: Path) -> None:
-    for arguments, message in [
+    cases: list[tuple[list[str | Path], str]] = [
         ([tmp_path / "none", "--out", tmp_path / "b"], "error: no run folder .*none: name the train.run of a config"),
         ([tmp_path, "--out", tmp_path], f"error: {tmp_path} exists: choose another name, or add --overwrite"),
         ([tmp_path, "--out", tmp_path / "b", "--dtype", "int8"], "invalid choice: 'int8'"),
         ([tmp_path], "the following arguments are required: --out"),
-    ]:
+    ]
+    for arguments, message in cases:
         done = program(*arguments, python_options=("-X", "importtime"))
         assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
         assert re.search(r"\| +megakexue.config\n", done.stderr) and not re.search(r"\| +torch\n", done.stderr)

@@ -149,9 +149,9 @@ def test_first_tokens_of_many_seeds_follow_the_softmax() -> None:
             parameter.copy_(initial_weight(name, config, seed=3) * (3 if name == "head.weight" else 1))
     prompt = [1, 5, 2]
     options: dict[str, Any] = {"n_tokens": 1, "stop_id": NEVER, "temperature": 0.9, "top_p": 1.0}
-    draws = [next(generate(model, prompt, **options, seed=seed)) for seed in range(1000)]
+    draws = [next(generate(model, prompt, **options, seed=seed)) for seed in range(500)]
     probabilities = (all_logits(model, prompt)[-1].double() / 0.9).softmax(-1).tolist()
-    assert max(probabilities) > 0.25 and min(probabilities) > 0.005
+    assert max(probabilities) > 0.25 and min(probabilities) > 0.01
     # 24.3: once in a thousand times with 7 degrees of freedom
     assert chi_square([draws.count(i) for i in range(8)], probabilities) < 24.3
 
@@ -172,7 +172,8 @@ def test_a_token_is_always_among_the_most_probable(
         assert logits[token] == max(logits)
     else:
         powers = [math.exp((x - max(logits)) / temperature) for x in logits]
-        before = sum(power for power, x in zip(powers, logits) if x > logits[token]) / sum(powers)
+        # a part in 1e9: two ways to compute a power may differ in the last bit
+        before = sum(power for power in powers if power > powers[token] * (1 + 1e-9)) / sum(powers)
         assert before < top_p + 1e-9 and powers[token] > 0
 
 
@@ -312,6 +313,7 @@ def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(bundle: Bun
     assert code == 2 and stderr == f"error: no bundle {tmp_path}/none: make one with tools/export_model.py"
 
 
+@pytest.mark.slow
 def test_the_program_shows_prompt_and_text(prepared: Prepared, tmp_path: Path) -> None:
     tokenizer = Tokenizer(prepared.tokenizer)
     (last,) = tokenizer.encode("x")
@@ -332,17 +334,21 @@ def test_the_program_shows_prompt_and_text(prepared: Prepared, tmp_path: Path) -
     assert stderr.startswith("warning: 66 tokens are more than the 64 of the model's RoPE context\n14 tokens in ")
 
 
+@pytest.mark.slow
 def test_the_program_draws_the_same_text_for_a_seed(bundle: Bundle, model: Decoder, tokenizer: Tokenizer) -> None:
     options = ["--prompt", "", "--n-tokens", "20", "--dtype", "fp32", "--device", "cpu"]
     code, stdout, stderr = program(bundle.folder, *options, "--n-samples", "2", "--temperature", "3")
     assert code == 0, stderr
-    first, second = re.fullmatch(r"--- seed 0 ---\n(.*)\n--- seed 1 ---\n(.*)\n", stdout.decode(), re.DOTALL).groups()  # type: ignore[union-attr]
+    samples = re.fullmatch(r"--- seed 0 ---\n(.*)\n--- seed 1 ---\n(.*)\n", stdout.decode(), re.DOTALL)
+    assert samples is not None
+    first, second = samples.groups()
     assert first != second
     for seed, text in enumerate((first, second)):
         assert text == "".join(complete(model, tokenizer, "", n_tokens=20, temperature=3.0, seed=seed))
     assert program(bundle.folder, *options, "--seed", "1", "--temperature", "3")[1].decode() == second + "\n"
 
 
+@pytest.mark.slow
 def test_text_streams_and_a_reader_may_leave(bundle: Bundle) -> None:
     arguments = ["--prompt", "def", "--n-tokens", "1000000", "--temperature", "50"]
     process = subprocess.Popen(
@@ -364,6 +370,7 @@ def test_text_streams_and_a_reader_may_leave(bundle: Bundle) -> None:
     assert "Traceback" not in stderr and "BrokenPipe" not in stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_an_error(bundle: Bundle) -> None:
     for device in ("cuda:7", "abacus"):
         done = subprocess.run(

@@ -91,6 +91,10 @@ class Cost(NamedTuple):
         return Cost(*(after - before for after, before in zip(Cost.now(), self)))
 
 
+processor: sentencepiece.SentencePieceProcessor  # of a bare worker, and the documents
+texts: list[bytes]
+
+
 def start_bare(model: Path, documents: list[bytes]) -> None:
     global processor, texts
     processor, texts = sentencepiece.SentencePieceProcessor(model_file=str(model)), documents
