@@ -32,7 +32,7 @@ run tools/prepare_data.py "$@" --tokenizer $demo/tokenizer.model --seq-len 256 -
 
 train() {
     DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} run deepspeed --num_accelerators 2 launch/train.py configs/tiny_gqa.yaml \
-        train.run=$demo/run train.steps=240 metrics.every_steps=10 evaluate.every_steps=40 "$@" 2>&1 |
+        train.run=$demo/run train.steps=240 metrics.every_steps=10 evaluate.every_steps=80 evaluate.n_rows=1000 "$@" 2>&1 |
         grep --line-buffered -v '\[INFO\]\|\[WARNING\]'
 }
 
@@ -47,7 +47,7 @@ run tools/export_model.py $demo/run --out $demo/bundle
 
 step "6. text from the bundle"
 run tools/generate.py $demo/bundle --prompt 'def ' --n-tokens 80 --seed 1
-run tools/generate.py $demo/bundle --prompt 'The following' --n-tokens 60 --greedy
+run tools/generate.py $demo/bundle --prompt 'The ' --n-tokens 60 --temperature 0.6 --seed 2
 
 step "7. report"
 entropy=$(python -c "import json; print(json.load(open('$demo/data/manifest.json'))['splits']['valid']['unigram_entropy_nats'])")
