@@ -646,6 +646,10 @@ class Batches:
                 file = source.open(index)
                 # an MDS shard begins with uint32: n, then n + 1 offsets
                 offsets = np.frombuffer(os.pread(file, 4 * (reader.samples + 1), 4), np.uint32).astype(np.int64)
+                # an evicted shard keeps its place on the disk for as long as it is open
+                evicted = [k for k, (f, _) in self._open_shards.items() if os.fstat(f).st_nlink == 0]
+                for key in evicted:
+                    os.close(self._open_shards.pop(key)[0])
                 self._open_shards[shard] = file, offsets
                 if len(self._open_shards) > MAX_OPEN_SHARDS:
                     os.close(self._open_shards.popitem(last=False)[1][0])

@@ -644,7 +644,8 @@ def test_the_cache_stays_within_its_limit(tmp_path, bucket, small_windows):
         used = sum(path.stat().st_size for path in (tmp_path / "cache/shards").rglob("*.mds") if path.exists())
         assert used <= limit + 2 * 2000
     downloads = sum(n for key, n in bucket.gets.items() if key.endswith(".mds"))
-    assert len(shards) < downloads < 3 * len(shards)
+    # an epoch needs every shard, and a shard that was evicted has to come again
+    assert len(shards) < downloads < 4 * len(shards)
 
 
 def test_the_next_window_is_downloaded_ahead(tmp_path, bucket, small_windows):
