@@ -161,6 +161,7 @@ class Engine:
                         self._add_segment(p, low - at, high - at, i, low - self.ranks.rank * size)
                 self.flats.append(flat)
         else:  # stage 3: each parameter is cut into one equal piece a rank, the last one padded
+            assert hasattr(inner, "fp32_partitioned_groups_flat"), f"{type(inner)} has no segment table"
             for i, flat in enumerate(inner.fp32_partitioned_groups_flat):
                 offset = 0
                 for p in inner.fp16_groups[i]:

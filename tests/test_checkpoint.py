@@ -1,6 +1,7 @@
 """Checkpoints: across stages and world sizes, damage found, leftovers ignored, the newest kept."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,31 @@ def save_after_fallback(config: Config, folder: Path) -> list[str]:
 def test_keeping_the_last_removes_neither_the_new_one_nor_the_users_own(prepared: Prepared, tmp_path: Path) -> None:
     (names,) = run_on_ranks(1, save_after_fallback, make_config(prepared), tmp_path)
     assert names == ["latest", "step_00000020_best", "step_00000025", "step_00000030.damaged"]
+
+
+def save_on_a_full_disk(config: Config, folder: Path) -> str:
+    """Save on two ranks, of which the second can write no file beyond a few bytes."""
+    from megakexue.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    _fill(engine, base=0)
+    checkpoint.save(folder, engine, {"step": 1}, step=1, keep_last=2)
+    if not ranks.is_first:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        checkpoint.save(folder, engine, {"step": 2}, step=2, keep_last=2)
+    except OSError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks_and_leaves_the_old_one(prepared: Prepared, tmp_path: Path) -> None:
+    messages = run_on_ranks(2, save_on_a_full_disk, make_config(prepared, stage=1), tmp_path)
+    for message in messages:
+        assert "cannot save" in message and "rank 1" in message and "make room, then run the same command" in message
+    assert checkpoint.find(tmp_path, ALONE) == (tmp_path / "step_00000001", [])
 
 
 def test_a_checkpoint_of_another_model_is_refused(prepared: Prepared, tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""What a launcher must say, and what happens when it does not."""
+
+import pytest
+
+from megakexue.config import UserError
+from megakexue.dist import Ranks, read_ranks
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
+         "SLURM_STEP_NUM_TASKS")  # fmt: skip
+
+
+def given(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_launcher_the_world_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, SLURM_STEP_NUM_TASKS="1")
+    assert read_ranks() == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+@pytest.mark.parametrize("local", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_both_launchers_are_understood(monkeypatch: pytest.MonkeyPatch, local: str) -> None:
+    given(monkeypatch, RANK="9", WORLD_SIZE="16", LOCAL_RANK="1", **{local: "8"})
+    assert read_ranks() == Ranks(rank=9, world_size=16, local_rank=1, local_world_size=8)
+    assert not read_ranks().is_first
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RANK": "0"}, r"but not \['WORLD_SIZE', 'LOCAL_RANK'\]: start with `deepspeed launch/train.py`"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "neither LOCAL_WORLD_SIZE nor LOCAL_SIZE: set it to the"),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 says that several processes were started, but RANK"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS=4 says that several processes were started"),
+    ],
+)
+def test_a_launcher_that_says_too_little_is_refused(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, str], message: str
+) -> None:
+    # otherwise each process would be a world of one in the same run folder
+    given(monkeypatch, **values)
+    with pytest.raises(UserError, match=message):
+        read_ranks()
