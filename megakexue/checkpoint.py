@@ -31,7 +31,7 @@ from megakexue.config import UserError, read_json, sha256
 from megakexue.engine import Engine
 from megakexue.optim import Segment
 
-FORMAT = 1
+FORMAT = 2
 
 
 def step_folders(checkpoints: Path) -> list[Path]:

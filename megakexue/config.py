@@ -50,30 +50,122 @@ def require(condition: bool, message: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     base: int | float | str = "auto"
-    """A number, or `auto`: the smallest safe base for `context` by the bound rule (10122)."""
+    """A number, or `auto`: from the bound rule (10122) for `context`."""
+    rule: Literal["safe", "infimum"] = "safe"
+    """What `auto` takes: the base above which every base is valid, or the smallest valid one, in a narrow window."""
     context: int | None = None
     """Tokens that the base must serve. None: `data.seq_len`."""
+    fraction: float = 1.0
+    """Share of a GQA head that is rotated, its last part; of an MLA head it is `model.mla.d_rope`."""
+    extension: Literal["base", "interpolate", "ntk", "ntk_exact", "ntk_mixed", "yarn"] | None = None
+    """For weights that were trained for `trained_context` and go on with `context`, k = context / trained_context:
+    base: a new base; interpolate: angles / k; ntk: base k (9675); ntk_exact: base k^(d/(d-2)), which interpolates the
+    lowest frequency exactly; ntk_mixed: pair i slowed down by exp(a i^ntk_mixed_exponent), the last by k (9706);
+    yarn: fast pairs kept, slow ones interpolated (9948)."""
+    trained_context: int | None = None
+    ntk_mixed_exponent: float = 0.625
+    """1 is NTK-fixed, 0 interpolation (9706)."""
+    yarn_temperature: bool | None = None
+    """Scores times (0.1 ln k + 1)^2 (9948). None: yes; with any attention.scale but constant it must be said."""
 
     def __post_init__(self) -> None:
         if isinstance(self.base, str):
             require(self.base == "auto", f"model.rope.base={self.base!r} must be a number or 'auto'")
         else:
-            require(self.base > 1, f"model.rope.base={self.base} must be above 1")
+            require(1 < self.base < math.inf, f"model.rope.base={self.base} must be above 1 and finite")
         require(self.context is None or self.context > 0, f"model.rope.context={self.context} must be positive")
+        require(0 < self.fraction <= 1, f"model.rope.fraction={self.fraction} must be in (0, 1]")
+        trained = self.trained_context
+        require(trained is None or trained > 1, f"model.rope.trained_context={trained} must be above 1")
+        require(
+            trained is None or self.context is None or trained < self.context,
+            f"model.rope.trained_context={trained} must be below model.rope.context={self.context}, the longer one: "
+            "without a longer context, set model.rope.extension=null",
+        )
+        require(
+            self.rule == "safe" or isinstance(self.base, str),
+            f"model.rope.rule={self.rule} has no effect with model.rope.base={self.base}: set the base to auto",
+        )
+        require(
+            (self.extension is None) == (trained is None),
+            f"model.rope.extension={self.extension} does not fit model.rope.trained_context={trained}: an extension "
+            "needs the tokens that the weights were trained for, and nothing else uses them",
+        )
+        require(
+            self.extension == "ntk_mixed" or self.ntk_mixed_exponent == 0.625,
+            f"model.rope.ntk_mixed_exponent={self.ntk_mixed_exponent} has no effect with model.rope.extension="
+            f"{self.extension}: use ntk_mixed",
+        )
+        require(
+            0 < self.ntk_mixed_exponent <= 1,
+            f"model.rope.ntk_mixed_exponent={self.ntk_mixed_exponent} must be in (0, 1]; for 0 use interpolate",
+        )
+        require(
+            self.extension == "yarn" or self.yarn_temperature is None,
+            f"model.rope.yarn_temperature={self.yarn_temperature} has no effect with model.rope.extension="
+            f"{self.extension}: use yarn",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    backend: Literal["auto", "flash", "sdpa", "blocked", "reference"] = "auto"
-    """auto: flash-attn on CUDA when installed, else SDPA; the blocked form on CPU."""
-    scale: Literal["log_n", "constant"] = "log_n"
-    """log_n: queries times ln(max(n, floor)) / ln(base), n = keys visible in the query's own document (8823)."""
-    log_n_base: int = 512
-    log_n_floor: int = 16
+    backend: Literal["auto", "flash", "varlen", "flex", "sdpa", "blocked", "reference"] = "auto"
+    """auto: the order is in megakexue/attention.py; the choice and its reason are printed at the start."""
+    scale: Literal["log_n", "log_n_clipped", "constant", "gradient_max", "gradient_max_constant"] = "log_n"
+    """What multiplies q.k / sqrt(d), n = keys visible in the query's own document.
+    log_n: ln(max(n, floor)) / ln(base) (8823); log_n_clipped: max(1, ln n / ln base), for weights trained without
+    (9706); constant: 1; gradient_max: 0.84 sqrt(ln max(n, floor)), gradient_max_constant: 2.5 (9812)."""
+    log_n_base: float | None = None
+    """None: 512 for log_n; for log_n_clipped the context that the weights were trained for."""
+    log_n_floor: int | None = None
+    """None: 16, for the scales that use it."""
+    similarity: Literal["dot", "key_norm", "cosine"] = "dot"
+    """key_norm: q.k / |k| without 1/sqrt(d); cosine: 4 ln n cos(q, k), with scale=constant n = context / 2 (9859)."""
+    softmax_scale: float | None = None
+    """None: 1/sqrt(head width) for dot, 1 for key_norm and cosine, 4 ln(context / 2) for cosine with scale=constant.
+    Written as a number into a bundle, since growth and a longer context must keep it."""
 
     def __post_init__(self) -> None:
-        require(self.log_n_base > 1, f"model.attention.log_n_base={self.log_n_base} must be above 1")
-        require(self.log_n_floor > 1, f"model.attention.log_n_floor={self.log_n_floor} must be above 1")
+        base, floor = self.log_n_base, self.log_n_floor
+        require(base is None or 1 < base < math.inf, f"model.attention.log_n_base={base} must be above 1")
+        require(floor is None or floor > 1, f"model.attention.log_n_floor={floor} must be above 1")
+        require(
+            base is None or (self.scale in ("log_n", "log_n_clipped") and self.similarity != "cosine"),
+            f"model.attention.log_n_base={base} has no effect with scale={self.scale}, similarity={self.similarity}: "
+            "leave it null",
+        )
+        require(
+            floor is None or self.scale in ("log_n", "gradient_max"),
+            f"model.attention.log_n_floor={floor} has no effect with scale={self.scale}: leave it null",
+        )
+        require(
+            self.similarity != "cosine" or self.scale in ("log_n", "constant"),
+            f"model.attention.similarity=cosine does not fit scale={self.scale}: use log_n (4 ln n) or constant "
+            "(4 ln(context / 2))",
+        )
+        scale = self.softmax_scale
+        require(scale is None or 0 < scale < math.inf, f"model.attention.softmax_scale={scale} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaConfig:
+    """The widths of multi-head latent attention (10091, DeepSeek-V2)."""
+
+    d_latent: int = 512
+    """Of the latent that keys and values are made from, which the cache holds."""
+    d_query_latent: int | None = None
+    """Of the query's latent; None: queries straight from the stream."""
+    d_nope: int = 96
+    """Unrotated part of a query and key head."""
+    d_rope: int = 32
+    """Rotated part; its key is shared by all heads. 96 + 32 is what every kernel takes beside values of 128."""
+    d_value: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("d_latent", "d_query_latent", "d_nope", "d_rope", "d_value"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.mla.{name}={value} must be positive")
+        require(self.d_rope % 2 == 0, f"model.mla.d_rope={self.d_rope} must be even, since RoPE rotates pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +174,13 @@ class ModelConfig:
     d_model: int
     n_layers: int
     n_heads: int
-    n_kv_heads: int
     d_ff: int
+    n_kv_heads: int | None = None
+    """Key/value heads of grouped-query attention: 1 is MQA; None: n_heads, which is MHA."""
     d_head: int | None = None
     """None: d_model / n_heads."""
+    mla: MlaConfig | None = None
+    """Given, even as {}: multi-head latent attention of these widths instead of grouped-query attention."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     tie_embeddings: bool = False
@@ -104,20 +199,50 @@ class ModelConfig:
     """Multiplies the logits; None: 1 untied, ln(vocab_size) / (2 sqrt(d_model)) tied (9698)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
-            require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
-        require(
-            self.n_heads % self.n_kv_heads == 0,
-            f"model.n_heads={self.n_heads} must be a multiple of model.n_kv_heads={self.n_kv_heads}: "
-            f"set model.n_kv_heads to a divisor of {self.n_heads}",
-        )
-        if self.d_head is None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.{name}={value} must be positive")
+        if self.mla is None:
             require(
-                self.d_model % self.n_heads == 0,
-                f"model.d_model={self.d_model} must be a multiple of model.n_heads={self.n_heads}: "
-                "change one, or set model.d_head",
+                self.n_heads % self.n_groups == 0,
+                f"model.n_heads={self.n_heads} must be a multiple of model.n_kv_heads={self.n_kv_heads}: "
+                f"set model.n_kv_heads to a divisor of {self.n_heads}",
             )
-        require(self.head_width % 2 == 0, f"model.d_head={self.head_width} must be even, since RoPE rotates pairs")
+            if self.d_head is None:
+                require(
+                    self.d_model % self.n_heads == 0,
+                    f"model.d_model={self.d_model} must be a multiple of model.n_heads={self.n_heads}: "
+                    "change one, or set model.d_head",
+                )
+            rotated = self.rope.fraction * self.head_width
+            require(
+                abs(rotated - self.rotary_width) < 1e-3 and self.rotary_width % 2 == 0 and self.rotary_width > 0,
+                f"model.rope.fraction={self.rope.fraction:g} of a head width (model.d_head) of {self.head_width} is "
+                f"{rotated:.4g}, which must be an even number, since RoPE rotates pairs",
+            )
+        else:
+            for name in ("n_kv_heads", "d_head"):
+                require(
+                    getattr(self, name) is None,
+                    f"model.{name}={getattr(self, name)} has no effect with model.mla: leave it null; model.mla has "
+                    "the widths, and every head its own keys",
+                )
+            require(
+                self.rope.fraction == 1,
+                f"model.rope.fraction={self.rope.fraction} has no effect with model.mla: set model.mla.d_rope",
+            )
+            require(
+                self.attention.similarity == "dot",
+                f"model.attention.similarity={self.attention.similarity} needs each head's keys, which the cache of "
+                "model.mla does not hold: use dot",
+            )
+        require(
+            self.rope.extension != "yarn"
+            or self.attention.scale == "constant"
+            or self.rope.yarn_temperature is not None,
+            f"model.rope.extension=yarn and model.attention.scale={self.attention.scale} are both temperatures of the "
+            "softmax: set model.rope.yarn_temperature=false for the second alone, or true for their product",
+        )
         for name in ("norm_eps", "residual_alpha", "branch_gain", "embed_scale", "logit_scale"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"model.{name}={value} must be positive")
@@ -126,10 +251,37 @@ class ModelConfig:
             f"model.deepnorm_recipe={self.deepnorm_recipe} has no effect with model.residual={self.residual}: "
             "use deepnorm, or leave the recipe at auto",
         )
+        require(
+            self.residual == "deepnorm" or self.residual_alpha in (None, 1),
+            f"model.residual_alpha={self.residual_alpha} has no effect with model.residual={self.residual}: "
+            "use deepnorm, or leave it null",
+        )
+        require(
+            self.deepnorm_recipe == "auto" or self.residual_alpha is None or self.branch_gain is None,
+            f"model.deepnorm_recipe={self.deepnorm_recipe} has no effect beside model.residual_alpha and "
+            "model.branch_gain: leave it at auto, or these null",
+        )
+
+    @property
+    def n_groups(self) -> int:
+        """Key/value heads; in MLA each head has its own."""
+        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
 
     @property
     def head_width(self) -> int:
+        """Of queries and keys."""
+        if self.mla is not None:
+            return self.mla.d_nope + self.mla.d_rope
         return self.d_head if self.d_head is not None else self.d_model // self.n_heads
+
+    @property
+    def value_width(self) -> int:
+        return self.mla.d_value if self.mla is not None else self.head_width
+
+    @property
+    def rotary_width(self) -> int:
+        """Of a head, the part that RoPE rotates."""
+        return self.mla.d_rope if self.mla is not None else round(self.rope.fraction * self.head_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +332,26 @@ class DataConfig:
         require(self.shuffle_seed >= 0, f"data.shuffle_seed={self.shuffle_seed} must not be negative")
         require(self.download_retries >= 0, f"data.download_retries={self.download_retries} must not be negative")
         require(self.download_timeout_s > 0, f"data.download_timeout_s={self.download_timeout_s} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is added to the cross-entropy; what is logged as the loss is the cross-entropy alone."""
+
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 for each target token; 1e-4 is usual, 0 is off."""
+    emo: bool = False
+    """For finetuning: half cross-entropy, half EMO over the rows of the head that training started from (9797)."""
+    emo_max_ratio: float = 3.0
+    """EMO is weighted so that it is as large as the cross-entropy of its token, with at most this weight."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.z_loss < math.inf, f"loss.z_loss={self.z_loss} must not be negative")
+        require(0 < self.emo_max_ratio < math.inf, f"loss.emo_max_ratio={self.emo_max_ratio} must be positive")
+        require(
+            self.emo or self.emo_max_ratio == 3.0,
+            f"loss.emo_max_ratio={self.emo_max_ratio} has no effect with loss.emo=false",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +527,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -368,6 +541,22 @@ class Config:
             context is None or context >= self.data.seq_len,
             f"model.rope.context={context} must be at least data.seq_len={self.data.seq_len}: "
             "raise it, or leave it null to follow data.seq_len",
+        )
+        trained = self.model.rope.trained_context
+        require(
+            trained is None or trained < (context or self.data.seq_len),
+            f"model.rope.trained_context={trained} must be below data.seq_len={self.data.seq_len}, which is the "
+            "context when model.rope.context is null: without a longer context, set model.rope.extension=null",
+        )
+        require(
+            trained is None or self.train.init_from is not None,
+            f"model.rope.extension={self.model.rope.extension} needs trained weights, and train.init_from is null: "
+            "name a bundle, or train from the start with model.rope.extension=null",
+        )
+        require(
+            not self.loss.emo or self.train.init_from is not None,
+            "loss.emo=true needs a trained head (9797), and train.init_from is null: train without it first, then "
+            "start from the exported bundle",
         )
         require(
             self.optim.warmup_steps <= self.train.steps,

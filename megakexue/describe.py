@@ -4,7 +4,9 @@
 
 P: parameters in matrix products (the head once, tied or not; the embedding look-up is none), n: mean visible keys,
 (t + 1) / 2 for rows of one document. A causal query computes only the keys it sees; the convention that does not halve
-attention counts n = t.
+attention counts n = t. MLA trains in the plain form, so that all its projections are in P.
+
+    cached elements per token and layer:   MHA 2 h d     GQA 2 g d     MQA 2 d     MLA c + p      (10091)
 
 What must stay true: `n_parameters` equals the module's sum, and FLOPs equal torch's own counter (tests).
 """
@@ -14,19 +16,16 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from megakexue.config import Config, ModelConfig
-from megakexue.model import AXES, shape
+from megakexue.model import AXES, entries, shape
 from megakexue.optim import MOMENTS
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Elements of each entry of the axis table over all layers; a tied head counts nothing."""
-    counts = {}
-    for name in AXES:
-        n = math.prod(shape(name, config)) * (config.n_layers if name.startswith("blocks.") else 1)
-        if (name == "head.weight" and config.tie_embeddings) or (name == "norm.gain" and config.residual != "prenorm"):
-            n = 0
-        counts[name] = n
-    return counts
+    """Elements of each entry of the axis table that the config has, over all layers."""
+    return {
+        name: math.prod(shape(name, config)) * (config.n_layers if name.startswith("blocks.") else 1)
+        for name in entries(config)
+    }
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -38,16 +37,36 @@ def flops_per_token(config: ModelConfig, n_keys: float) -> float:
     counts = parameter_counts(config)
     in_products = sum(n for name, n in counts.items() if AXES[name].role == "matrix" and name != "head.weight")
     in_products += config.vocab_size * config.d_model
-    attention = 2 * config.n_layers * config.n_heads * 2 * config.head_width * n_keys
+    attention = 2 * config.n_layers * config.n_heads * (config.head_width + config.value_width) * n_keys
     return 6 * in_products + 3 * attention
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> dict[str, int]:
+    """Return what decoding keeps for each token over all layers, for the model as MHA, GQA, MQA and MLA.
+
+    The model's own kind comes first. Where it does not say, GQA has about a quarter of the heads as groups, and MLA the
+    default's proportions, a latent of 4 d and a rotary key of d / 4.
+    """
+    h, d, e = config.n_heads, config.head_width, config.value_width
+    mla = (config.mla.d_latent, config.mla.d_rope) if config.mla else (4 * d, d // 4)
+    own = "MLA" if config.mla else "MHA" if config.n_groups == h else "MQA" if config.n_groups == 1 else "GQA"
+    divisors = [g for g in range(2, h) if h % g == 0]
+    quarter = max((g for g in divisors if g <= h // 4), default=min(divisors, default=1))
+    groups = config.n_groups if own == "GQA" else quarter
+    elements = {f"MHA of {h} heads": h * (d + e)}
+    if groups > 1:
+        elements[f"GQA of {groups} groups"] = groups * (d + e)
+    elements |= {"MQA": d + e, f"MLA of {mla[0]} + {mla[1]}": sum(mla)}
+    elements = dict(sorted(elements.items(), key=lambda item: not item[0].startswith(own)))
+    return {name: n * config.n_layers * bytes_per_element for name, n in elements.items()}
 
 
 def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
     """Return bytes on each rank of weights, gradients, fp32 masters and optimizer state, by the ZeRO stage.
 
     ZeRO splits optimizer state and masters from stage 1 on, gradients from 2, weights from 3. In fp32, stage 0 trains
-    the weights themselves and has no masters. Communication buckets, activations, and an fp32 copy of the rank's
-    gradients during the optimizer's step come on top.
+    the weights themselves and has no masters. Communication buckets, activations, an fp32 copy of the rank's gradients
+    during the optimizer's step, and with `loss.emo` a whole head on every rank come on top.
     """
     n, stage = n_parameters(config.model), config.engine.zero_stage
     width = 4 if config.engine.dtype == "fp32" else 2
@@ -77,10 +96,23 @@ def describe(config: Config, world_size: int) -> str:
     model, train = config.model, config.train
     state = model_state_bytes(config, world_size)
     tokens = config.batch_tokens * train.steps
+    if model.mla:
+        queries = f"from {model.mla.d_query_latent}" if model.mla.d_query_latent else "straight from the stream"
+        heads = (
+            f"MLA, {model.n_heads} heads of {model.mla.d_nope} + {model.mla.d_rope} and values of {model.value_width} "
+            f"from a latent of {model.mla.d_latent}, queries {queries}"
+        )
+    else:
+        heads = f"{model.n_heads} heads of {model.head_width} in {model.n_groups} groups"
     lines = [f"{name + ':':<12}{settings(section)}" for name, section in vars(config).items()]
     lines += [
         f"model       {n_parameters(model):,} parameters, {model.residual} alpha {model.residual_alpha:.4g}, "
-        f"rope base {model.rope.base:.6g} for {model.rope.context} tokens, attention scale {model.attention.scale}",
+        f"{flops_per_token(model, (config.data.seq_len + 1) / 2):.4g} FLOP per token, forward and backward",
+        f"attention   {heads}, scale {model.attention.scale} on {model.attention.softmax_scale:.4g}, "
+        f"rope base {model.rope.base:.6g} on {model.rotary_width} of {model.head_width} for {model.rope.context} tokens"
+        + (f", {model.rope.extension} from {model.rope.trained_context}" if model.rope.extension else ""),
+        "cache       per token in 16 bits: "
+        + ", ".join(f"{name} {size:,} bytes" for name, size in cache_bytes_per_token(model).items()),
         f"batch       {train.global_batch_size} rows x {config.data.seq_len} tokens = {config.batch_tokens:,} tokens: "
         f"{world_size} ranks x {train.n_micro_batches(world_size)} micro-batches x {train.micro_batch_size} rows",
         f"budget      {train.steps:,} steps = {tokens:,} tokens, {tokens / n_parameters(model):.1f} per parameter, "

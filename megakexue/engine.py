@@ -42,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     loss: float
-    """Mean over the target tokens of all ranks, in nats."""
+    """Mean cross-entropy over the target tokens of all ranks, in nats, without z-loss or EMO."""
     grad_norm: float
     """Before clipping."""
     n_targets: int
@@ -111,7 +111,12 @@ class Engine:
         self.n_micro_batches = config.train.n_micro_batches(ranks.world_size)
         self.deepspeed_config = deepspeed_config(config, self.n_micro_batches)
         backend, self.backend_reason = choose_backend(
-            config.model.attention.backend, self.device.type, self.dtype, config.model.head_width, config.data.seq_len
+            config.model.attention.backend,
+            self.device.type,
+            self.dtype,
+            config.model.head_width,
+            config.model.value_width,
+            config.data.seq_len,
         )
         partitioned = config.engine.zero_stage == 3
         build = deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config) if partitioned else self.device
@@ -128,6 +133,8 @@ class Engine:
         self.segments: list[Segment] = []
         self._find_segments()
         self._silence_overflow_checks()
+        self.emo_rows: Tensor | None = None
+        """With `loss.emo`: the rows of the head that training started from, of length 1."""
 
     # --- the segment table -----------------------------------------------------------------------------------------
 
@@ -279,9 +286,11 @@ class Engine:
         scale = (self.guard.loss_scale * self.ranks.world_size / n_targets).float()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
-            loss = self._engine(*self._inputs(batch), gradient_scale=scale)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
-            loss_sum += loss.detach()
+            losses = self._engine(
+                *self._inputs(batch), gradient_scale=scale, loss=self.config.loss, emo_rows=self.emo_rows
+            )
+            self._engine.backward(losses.objective * scale, scale_wrt_gas=False)
+            loss_sum += losses.cross_entropy
             if i < len(batches) - 1:
                 self._engine.step()  # counts the micro-step; the update is below
         numbers = torch.stack([loss_sum, self._squared_norm()])
@@ -302,9 +311,9 @@ class Engine:
 
     @torch.no_grad()
     def evaluation_loss(self, batch: Batch) -> Tensor:
-        """Return the sum of the losses of this rank's micro-batch, float32, on its device."""
+        """Return the sum of the cross-entropy of this rank's micro-batch, float32, on its device."""
         self._engine.eval()
-        return self._engine(*self._inputs(batch))
+        return self._engine(*self._inputs(batch)).cross_entropy
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         def put(x: Tensor) -> Tensor:

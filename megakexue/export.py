@@ -30,25 +30,12 @@ from torch import Tensor
 
 from megakexue import __version__
 from megakexue.config import ModelConfig, UserError, build, read_json, require, sha256
-from megakexue.model import AXES, axes, shape
+from megakexue.model import axes, parameter_names, resolve, shape
 from megakexue.optim import Segment
 from megakexue.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 * 2**30
-FORMAT = 1
-
-
-def parameter_names(config: ModelConfig) -> list[str]:
-    """Every parameter of the model, layer by layer, in the order of the axis table."""
-    names = []
-    for entry in AXES:
-        if entry.startswith("blocks."):
-            names += [entry.replace("blocks.", f"blocks.{i}.") for i in range(config.n_layers)]
-        elif not (entry == "head.weight" and config.tie_embeddings) and not (
-            entry == "norm.gain" and config.residual != "prenorm"
-        ):
-            names.append(entry)
-    return names
+FORMAT = 2
 
 
 def export_run(
@@ -115,7 +102,7 @@ def write_bundle(
     Raises:
         UserError: `out` exists (with `overwrite`: and is no bundle), or a weight is not finite.
     """
-    assert isinstance(config.rope.base, float) and config.residual_alpha is not None, "resolve the config first"
+    assert config.rope.context is not None and resolve(config, "adamw", config.rope.context) == config, "resolve first"
     index: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     n_shards = total = 0

@@ -1,34 +1,44 @@
-"""Text from a bundle: greedy, or by temperature and top-p with a seed, with a key/value cache.
+"""Text from a bundle: greedy, or by temperature and top-p with a seed, for a batch of prompts, with a cache.
 
     p = softmax(logits / temperature), cut to the smallest set of the most probable tokens with mass >= top_p
 
-What must stay true: the same seed gives the same text; the cache changes nothing but the rounding; ids that the
-tokenizer does not have (a padded vocabulary) are never chosen, whatever their logits.
+Prompts of different lengths are padded on the right. The cache keeps a token in the slot of its position, so padding is
+overwritten by the tokens that follow before any query sees it (megakexue/model.py, Cache).
+
+What must stay true: the same seed gives the same text, whatever other prompts are in the batch, up to rounding; the
+cache changes nothing but the rounding; ids that the tokenizer does not have (a padded vocabulary) are never chosen,
+whatever their logits.
 """
 
 import codecs
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from megakexue import dist
+from megakexue.attention import Backend
 from megakexue.config import require
 from megakexue.export import Bundle
-from megakexue.model import Decoder, KVCache
+from megakexue.model import Cache, Decoder
 from megakexue.tokenizer import Tokenizer
 
 PREFILL = 512
 """Prompt tokens that go through the model at once: a long prompt must not cost the square of its length in memory."""
 
 
-def load_decoder(bundle: Bundle, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
+def load_decoder(
+    bundle: Bundle,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: Backend = "sdpa",
+) -> Decoder:
     """Return the bundle's model, ready to compute."""
     with torch.device(device or dist.device()):
-        # a few queries against a cache: the fused and blocked forms have nothing to win
-        model = Decoder(bundle.config, "reference").to(dtype)
+        model = Decoder(bundle.config, backend).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(bundle.weight(name))
@@ -40,7 +50,10 @@ def next_token(logits: Float[Tensor, " v"], *, temperature: float, top_p: float,
 
     The draw is made on the CPU in float64, so that it depends on the logits and the generator alone.
     """
-    require(bool(logits.isfinite().all()), "the model's logits are not finite in this dtype: generate in fp32")
+    require(
+        bool(logits.isfinite().all()),
+        "the model's logits are not finite: generate in fp32, and if that is what this is, from other weights",
+    )
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.double().cpu()
@@ -53,50 +66,86 @@ def next_token(logits: Float[Tensor, " v"], *, temperature: float, top_p: float,
 @torch.no_grad()
 def generate(
     model: Decoder,
-    prompt: list[int],
+    prompts: Sequence[list[int]],
     *,
     n_tokens: int,
-    stop_id: int,
+    stop_id: int | None,
     vocab_size: int | None = None,
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
-) -> Iterator[int]:
-    """Yield up to `n_tokens` tokens after `prompt` (which begins with BOS), ending before `stop_id`.
+    caches: list[Cache] | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield up to `n_tokens` times the next token of every prompt, None for one that has come to `stop_id`
+    (None: they go on).
 
     Args:
+        prompts: token ids, each beginning with BOS; row i draws with seed + i, as it would alone with that seed. In
+            half precision logits depend on the batch by a rounding, so texts may part.
         vocab_size: of the tokenizer; ids from there on are never chosen. None: the model's.
+        caches: empty ones, one per layer, for whoever wants to look at them.
 
     Raises:
         UserError: temperature or top_p is out of range, or logits are not finite.
     """
     require(0 <= temperature < math.inf, f"temperature={temperature} must be finite and not negative; 0 is greedy")
     require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    caches = [KVCache() for _ in model.blocks]
-    tokens: Int64[Tensor, "1 t"] = torch.tensor([prompt], device=device)
-    n_seen = 0
-    for _ in range(n_tokens):
-        for part in tokens.split(PREFILL, dim=1):
-            positions = torch.arange(n_seen, n_seen + part.shape[1], device=device)[None]
-            logits = model(part, positions, caches=caches, n_positions=len(prompt) + n_tokens)[0, -1]
-            n_seen += part.shape[1]
-        token = next_token(logits[:vocab_size], temperature=temperature, top_p=top_p, generator=generator)
-        if token == stop_id:
+    assert prompts and all(prompts), "there is a prompt, and each has at least its BOS"
+    device = model.embedding.weight.device
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(lengths.max())
+    caches = caches or [Cache() for _ in model.blocks]
+    rows = torch.tensor([prompt + [prompt[0]] * (longest - len(prompt)) for prompt in prompts], device=device)
+    # the prompts, in parts; of each row the hidden state of its last token is kept
+    last = torch.zeros(len(prompts), model.config.d_model, dtype=model.embedding.weight.dtype, device=device)
+    for low in range(0, longest, PREFILL):
+        high = min(low + PREFILL, longest)
+        positions = torch.arange(low, high, device=device).expand(len(prompts), -1)
+        hidden = model.hidden(rows[:, low:high], positions, caches=caches, n_positions=high)
+        ends_here = (low < lengths) & (lengths <= high)
+        last[ends_here] = hidden[ends_here, lengths[ends_here] - 1 - low]
+    ended = [False] * len(prompts)
+    for step in range(n_tokens):
+        logits = model.head(last)
+        assert isinstance(logits, torch.Tensor)
+        chosen: list[int | None] = []
+        for i, generator in enumerate(generators):
+            token = None
+            if not ended[i]:
+                token = next_token(logits[i, :vocab_size], temperature=temperature, top_p=top_p, generator=generator)
+                if token == stop_id:
+                    token, ended[i] = None, True
+            chosen.append(token)
+        if all(ended):
             return
-        yield token
-        tokens = torch.tensor([[token]], device=device)
+        yield chosen
+        if step == n_tokens - 1:
+            return
+        # a row that has ended goes along, and nobody looks at it
+        tokens = torch.tensor([[p[0] if token is None else token] for p, token in zip(prompts, chosen)], device=device)
+        positions = (lengths + step)[:, None]
+        last = model.hidden(tokens, positions, caches=caches, n_positions=longest + step + 1)[:, 0]
 
 
-def complete(model: Decoder, tokenizer: Tokenizer, text: str | bytes, **options: float | int) -> Iterator[str]:
-    """Yield the continuation of `text`, a string for each token; `options` are those of `generate`.
+def complete(
+    model: Decoder, tokenizer: Tokenizer, texts: Sequence[str | bytes], **options: Any
+) -> Iterator[list[str | None]]:
+    """Yield the continuations of `texts`, a string for each token, None when a text has ended.
 
-    The bytes of an unfinished character are held back (the string is then empty) and come with its last one. If it is
-    never finished they do not come; bytes that cannot be UTF-8 show as U+FFFD.
+    `options` are those of `generate`. The bytes of an unfinished character are held back (the string is then empty) and
+    come with its last one. If it is never finished they do not come; bytes that cannot be UTF-8 show as U+FFFD.
     """
-    prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in texts]
     options = {"stop_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size} | options
-    for token in generate(model, prompt, **options):  # type: ignore[arg-type]
-        yield decoder.decode(tokenizer.decode_bytes([token]))
+    for tokens in generate(model, prompts, **options):
+        yield [
+            None if token is None else decoder.decode(tokenizer.decode_bytes([token]))
+            for token, decoder in zip(tokens, decoders, strict=True)
+        ]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str | bytes) -> list[int]:
+    """Return the tokens that a text is continued from: BOS and its own."""
+    return [tokenizer.bos_id, *tokenizer.encode(text)]

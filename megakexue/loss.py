@@ -1,33 +1,69 @@
-"""Cross-entropy from hidden states, in chunks of tokens, with the gradients computed in the forward pass.
+"""What is trained on: cross-entropy from hidden states, with z-loss and EMO where the config asks for them.
 
-    loss = sum_n [ logsumexp_v(z_nv) - z_n,target(n) ],   z = logit_scale hidden W^T,   over targets not IGNORED.
+Of one target token t, from the logits z = logit_scale hidden W^T, with p = softmax(z):
 
-The [tokens, vocabulary] logits of a batch never exist at once. The loss is a sum: whoever calls divides it by the
-count of target tokens of the whole optimizer step, so that accumulation, ranks and padding cannot change it.
+    CE        = logsumexp(z) - z_t
+    z-loss    = z_loss logsumexp(z)^2                    natural logarithm (PaLM, arXiv 2204.02311, section 5)
+    EMO       = (CE + ratio C) / 2                       (9797; arXiv 2310.04691)
+        C     = sum_i p_i (1 - <e_i, e_t>) = 1 - <sum_i p_i e_i, e_t>
+        ratio = min(CE / (C + 1e-10), emo_max_ratio)     a constant to the gradient
+        e     = rows of the head that training started from, normalised to length 1; if they were trained on, equal rows
+                would make C zero
+    objective = (CE or EMO) + z-loss, summed over the targets that are not IGNORED
 
-What must stay true: softmax and the loss are float32, from logits rounded to the dtype of the hidden states; equal to
-`plain_cross_entropy` to rounding.
+    gradients to z_j: of CE p_j - [j = t], of z-loss 2 z_loss logsumexp(z) p_j, of C p_j (1 - <e_j, e_t> - C)
+
+The [tokens, vocabulary] logits of a batch never exist at once: the gradients are computed in the forward pass, in
+chunks of tokens. The gradient of C needs every distance 1 - <e_j, e_t>, so C is taken as their mean under p, which
+saves the product sum_i p_i e_i. With the distance of t to itself set to 0 nothing cancels: C keeps its digits where p_t
+is near 1, never falls below 0, and the ratio with it.
+
+What must stay true: the losses are sums: whoever calls divides them by the count of target tokens of the whole
+optimizer step, so that accumulation, ranks and padding cannot change them. Softmax and losses are float32, from logits
+rounded to the dtype of the hidden states; the cross-entropy equals `plain_cross_entropy` to rounding, and does not
+change by a bit with what is added to it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from megakexue.config import IGNORED
+from megakexue.config import IGNORED, LossConfig
 
 CHUNK = 512
 """Tokens whose logits exist at a time."""
+
+PLAIN = LossConfig()
+"""Cross-entropy and nothing else."""
+
+
+class Losses(NamedTuple):
+    """Sums over targets."""
+
+    objective: Float32[Tensor, ""]
+    """What to train on."""
+    cross_entropy: Float32[Tensor, ""]
+    """Its cross-entropy alone, without gradient: what to log."""
 
 
 def plain_cross_entropy(
     hidden: Float[Tensor, "n m"], weight: Float[Tensor, "v m"], targets: Int64[Tensor, " n"], logit_scale: float
 ) -> Float32[Tensor, ""]:
-    """Return the same sum from all logits at once: the reference of the tests."""
-    logits = (functional.linear(hidden, weight) * logit_scale).float()
+    """Return the cross-entropy from all logits at once: the reference of the tests."""
+    logits = functional.linear(hidden, weight).float() * logit_scale
     return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+@torch.no_grad()
+def emo_rows(weight: Float[Tensor, "v m"]) -> Float32[Tensor, "v m"]:
+    """Return the rows of a head at length 1, to be kept as they are while the head trains on.
+
+    A row of zeros stays one: its token is at distance 1 from all others, as if orthogonal to them.
+    """
+    return functional.normalize(weight.float(), dim=1)
 
 
 def cross_entropy(
@@ -36,26 +72,40 @@ def cross_entropy(
     targets: Int64[Tensor, " n"],
     logit_scale: float,
     gradient_scale: float | Float32[Tensor, ""] = 1.0,
-) -> Float32[Tensor, ""]:
-    """Return the sum of the losses over targets, in float32.
+    config: LossConfig = PLAIN,
+    emo_rows: Float[Tensor, "v m"] | None = None,
+) -> Losses:
+    """Return the objective and the cross-entropy; without gradients (evaluation) the cross-entropy as both.
 
     Args:
-        gradient_scale: the factor that the caller is about to multiply the sum with. The gradients are held in the
-            dtype of `hidden` with it applied, so that fp16 neither under- nor overflows; any other factor is still
+        gradient_scale: the factor that the caller is about to multiply the objective with. The gradients are held in
+            the dtype of `hidden` with it applied, so that fp16 neither under- nor overflows; any other factor is still
             right to rounding.
+        emo_rows: what `emo_rows` made of the first head, with `config.emo` and only then. Distances are computed in
+            its dtype, whatever that of `hidden`; no gradient reaches it.
     """
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
-        return torch.stack([plain_cross_entropy(h, weight, t, logit_scale) for h, t in chunks]).sum()
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, logit_scale, gradient_scale)
+        total = torch.stack([plain_cross_entropy(h, weight, t, logit_scale) for h, t in chunks]).sum()
+        return Losses(total, total)
+    assert config.emo == (emo_rows is not None), "loss.emo and emo_rows go together"
+    return Losses(*_ChunkedLoss.apply(hidden, weight, targets, logit_scale, gradient_scale, config, emo_rows))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float, gradient_scale: Any
-    ) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        logit_scale: float,
+        gradient_scale: Any,
+        config: LossConfig,
+        emo_rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        objective_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        cross_entropy_sum = torch.zeros_like(objective_sum)
         d_hidden = torch.empty_like(hidden)
         # float32, since many chunks are added up
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -66,20 +116,41 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             index = target.where(kept, 0)[:, None]
             logits = (hidden[rows] @ weight.T).float().mul_(logit_scale)
             log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(1, index)).squeeze(1).where(kept, 0).sum()
-            # softmax minus one-hot, in place of the logits
-            d_logits = logits.sub_(log_sum).exp_()
-            d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -1.0))
+            cross_entropy = log_sum - logits.gather(1, index)
+            softmax = logits.sub_(log_sum).exp_()  # in place of the logits
+            # before scales, the gradient to the logits is factor softmax + ratio / 2 weighted - share [j = t]
+            objective, share = cross_entropy, 1.0
+            factor: float | Tensor = 1.0
+            if emo_rows is not None:
+                distance = torch.addmm(emo_rows.new_ones(1), emo_rows[index[:, 0]], emo_rows.T, alpha=-1)
+                # rounding leaves rows that are equal a little off 0, on either side
+                weighted = softmax * distance.clamp_(min=0).scatter_(1, index, 0)
+                del distance
+                cost = weighted.sum(-1, keepdim=True)
+                ratio = (cross_entropy / (cost + 1e-10)).clamp_(max=config.emo_max_ratio)
+                objective, share = (cross_entropy + ratio * cost) / 2, 0.5
+                factor = (1 - ratio * cost) / 2
+            if config.z_loss:
+                objective = objective + config.z_loss * log_sum.square()
+                factor = factor + 2 * config.z_loss * log_sum
+            d_logits = softmax if config == PLAIN else softmax.mul_(factor)
+            if emo_rows is not None:
+                d_logits.addcmul_(weighted, ratio / 2)
+                del weighted
+            d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -share))
+            objective_sum += objective.squeeze(1).where(kept, 0).sum()
+            cross_entropy_sum += cross_entropy.squeeze(1).where(kept, 0).sum()
             d_logits.mul_(kept[:, None] * (logit_scale * gradient_scale))
             d_rounded = d_logits.to(hidden.dtype)
             torch.mm(d_rounded, weight, out=d_hidden[rows])
             d_weight += d_rounded.T @ hidden[rows]
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.gradient_scale, ctx.dtype = gradient_scale, weight.dtype
-        return loss
+        ctx.mark_non_differentiable(cross_entropy_sum)
+        return objective_sum, cross_entropy_sum
 
     @staticmethod
-    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_hidden, d_weight = ctx.saved_tensors
-        factor = d_loss[0] / ctx.gradient_scale
-        return (d_hidden * factor).to(d_hidden.dtype), (d_weight * factor).to(ctx.dtype), None, None, None
+        factor = d_losses[0] / ctx.gradient_scale
+        return (d_hidden * factor).to(d_hidden.dtype), (d_weight * factor).to(ctx.dtype), None, None, None, None, None

@@ -31,16 +31,18 @@ from pathlib import Path
 from typing import Any
 
 from megakexue import __version__, checkpoint, dist
-from megakexue.config import Config, UserError, require, sha256, to_yaml
+from megakexue.config import Config, ModelConfig, UserError, require, sha256, to_yaml
 from megakexue.data import Batch, Batches, Position
 from megakexue.describe import describe, flops_per_token
 from megakexue.engine import Engine, start
 from megakexue.evaluate import validation_loss
 from megakexue.export import Bundle
 from megakexue.guard import TrainingStopped
+from megakexue.loss import emo_rows
 from megakexue.metrics import Metrics, StepRecord, memory_gib, peak_flops, read_metrics
 from megakexue.model import initial_weight, resolve
 from megakexue.optim import lr_factor
+from megakexue.rope import base_notes
 
 log = logging.getLogger("megakexue")
 
@@ -87,14 +89,15 @@ def train(config: Config) -> None:
         if folder is not None:
             state = checkpoint.load(folder, engine, lambda trainer: _check_resume(trainer, config, data))
             data.seek(Position(**state["position"]))
-            step, tokens = state["step"], state["tokens"]
+            step, tokens, init_bundle = state["step"], state["tokens"], state["init_bundle"]
             changes = _differences(state["config"], _plain(config))
             if state["world_size"] != ranks.world_size:
                 changes.append(f"ranks {state['world_size']} -> {ranks.world_size}")
             origin = f"resumed from {folder}" + (f"; changed since: {', '.join(changes)}" if changes else "")
         else:
             step = tokens = 0
-            origin = _start_weights(engine, config)
+            origin, init_bundle = _start_weights(engine, config)
+        _load_emo_rows(engine, config, init_bundle)
         n_steps = config.train.steps
         last_step = config.train.stop_at_step or n_steps
 
@@ -106,6 +109,8 @@ def train(config: Config) -> None:
                 metrics.message(f"WARNING: {warning}")
             peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype)
             metrics.message(describe(config, ranks.world_size))
+            for note in base_notes(config.model):
+                metrics.message(note)
             metrics.message(f"attention   {engine.module.backend}: {engine.backend_reason}")
             metrics.message(f"start       {origin}\n{peak_source}")
         log.info("step %d of %d: %s", step, n_steps, origin)
@@ -151,7 +156,7 @@ def train(config: Config) -> None:
                     "step": step, "tokens": tokens, "position": dataclasses.asdict(data.position),
                     "n_updates": engine.optimizer.n_updates, "guard": engine.guard.state_dict(),
                     "config": _plain(config), "data": data.fingerprint, "source": source,
-                    "world_size": ranks.world_size,
+                    "world_size": ranks.world_size, "init_bundle": init_bundle,
                 }  # fmt: skip
                 path = checkpoint.save(
                     run / "checkpoints", engine, trainer, step=step, keep_last=config.checkpoint.keep_last
@@ -162,8 +167,8 @@ def train(config: Config) -> None:
     log.info("done at step %d", step)
 
 
-def _start_weights(engine: Engine, config: Config) -> str:
-    """Fill the masters of a run that has no checkpoint; return where they come from."""
+def _start_weights(engine: Engine, config: Config) -> tuple[str, str | None]:
+    """Fill the masters of a run that has no checkpoint; return where they come from, and the bundle's fingerprint."""
     if config.train.init_from is None:
         seed = config.train.seed
         whole: dict[str, Any] = {}
@@ -176,20 +181,87 @@ def _start_weights(engine: Engine, config: Config) -> str:
 
         engine.load(initial)
         engine.check_weights()
-        return f"new weights from train.seed={seed}"
+        return f"new weights from train.seed={seed}", None
     bundle = Bundle(config.train.init_from, check_hashes=engine.ranks.is_first)
-    differing = _differences(_plain(bundle.config), _plain(config.model))
-    # none of these changes what the weights compute
-    harmless = ("attention.backend", "branch_gain", "rope.context")
-    differing = [line for line in differing if not line.startswith(harmless)]
+    _check_init(bundle, config.model)
     require(
-        not differing,
-        f"train.init_from={bundle.folder}: its model differs from `model`: {'; '.join(differing)}: "
-        f"copy the model section of {bundle.folder}/config.yaml",
+        sha256(bundle.tokenizer) == sha256(config.data.tokenizer),
+        f"data.tokenizer={config.data.tokenizer} is not the tokenizer of train.init_from={bundle.folder}, so its ids "
+        f"mean other text: prepare the data with {bundle.tokenizer}",
     )
     engine.load(bundle.read)
     engine.check_weights()
-    return f"weights of {bundle.folder}"
+    return f"weights of {bundle.folder}", _fingerprint(bundle)
+
+
+def _check_init(bundle: Bundle, model: ModelConfig) -> None:
+    """Refuse to start from the weights of another model; a longer context is a difference that is asked for."""
+    trained, rope, old = bundle.config, model.rope, bundle.config.rope
+    differing = _differences(_plain(trained), _plain(model))
+    # none of these changes what the weights compute
+    harmless = ["attention.backend", "branch_gain"]
+    is_plain = old.extension in (None, "base")  # the base alone says what the angles are
+    assert rope.context is not None and old.context is not None
+    if rope.extension is None and is_plain:
+        harmless += ["rope.extension", "rope.trained_context"]
+        if rope.context <= old.context:
+            harmless.append("rope.context")
+    elif rope != old:
+        require(
+            is_plain,
+            f"train.init_from={bundle.folder} is already extended, by {old.extension} from {old.trained_context} to "
+            f"{old.context} tokens: keep its model.rope, or start from the bundle before the extension",
+        )
+        require(
+            rope.trained_context == old.context,
+            f"model.rope.trained_context={rope.trained_context}, but train.init_from={bundle.folder} was trained for "
+            f"{old.context} tokens: set model.rope.trained_context={old.context}",
+        )
+        require(
+            rope.extension != "base" or rope.base != old.base,
+            f"model.rope.base={rope.base:g} is that of train.init_from={bundle.folder}, so model.rope.extension=base "
+            "changes nothing: set model.rope.base=auto, or another number",
+        )
+        harmless += ["rope.context", "rope.extension", "rope.trained_context", "rope.yarn_temperature",
+                     "rope.ntk_mixed_exponent"]  # fmt: skip
+        if rope.extension == "base":
+            harmless.append("rope.base")
+    if (
+        (trained.attention.scale, model.attention.scale) == ("constant", "log_n_clipped")
+        and model.attention.log_n_base == old.context
+    ):  # fmt: skip
+        harmless += ["attention.scale", "attention.log_n_base"]  # the factor is 1 in the context that was trained
+    differing = [line for line in differing if line.split(" ")[0] not in harmless]
+    is_longer = rope.extension is None and any(line.startswith("rope.") for line in differing)
+    hint = "; for a longer context set model.rope.extension" if is_longer else ""
+    require(
+        not differing,
+        f"train.init_from={bundle.folder}: its model differs from `model`: {'; '.join(differing)}: "
+        f"copy the model section of {bundle.folder}/config.yaml{hint}",
+    )
+
+
+def _load_emo_rows(engine: Engine, config: Config, init_bundle: str | None) -> None:
+    """Give the engine the frozen rows that EMO compares tokens by, those of the bundle that the run started from.
+
+    Raises:
+        UserError: the bundle is not there any more, or is another one.
+    """
+    if not config.loss.emo:
+        return
+    assert config.train.init_from is not None
+    bundle = Bundle(config.train.init_from, check_hashes=engine.ranks.is_first)
+    require(
+        _fingerprint(bundle) == init_bundle,
+        f"train.init_from={bundle.folder} is not the bundle that this run started from, whose head loss.emo needs: "
+        "put that one back, or set loss.emo=false",
+    )
+    name = "embedding.weight" if config.model.tie_embeddings else "head.weight"
+    engine.emo_rows = emo_rows(bundle.weight(name)).to(engine.device, engine.dtype)
+
+
+def _fingerprint(bundle: Bundle) -> str:
+    return sha256(bundle.folder / "manifest.json")
 
 
 def _check_resume(trainer: dict[str, Any], config: Config, data: Batches) -> None:

@@ -1,16 +1,19 @@
 """The formulas against the module's own sum and torch's flop counter."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megakexue.config import load_config
-from megakexue.describe import describe, flops_per_token, model_state_bytes, n_parameters
+from megakexue.attention import Layout
+from megakexue.config import MlaConfig, ModelConfig, load_config
+from megakexue.describe import cache_bytes_per_token, describe, flops_per_token, model_state_bytes, n_parameters
 from megakexue.loss import plain_cross_entropy
-from megakexue.model import resolve
-from tests.test_model import VARIANTS, build, positions_of, tiny
+from megakexue.model import Cache, resolve
+from tests.test_model import KINDS, VARIANTS, build, positions_of, tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +33,7 @@ def test_flops_equal_torchs_counter(changes: dict) -> None:
         rotary = model.rotary(positions_of(tokens), 33)
         x = model.embedding(tokens)
         for block in model.blocks:
-            x = block(x, rotary, positions_of(tokens), None, "reference", None)
+            x = block(x, rotary, Layout(positions_of(tokens), None), "reference", None)
         weight = model.head.weight
         plain_cross_entropy(model.norm(x).flatten(0, 1), weight, tokens.flatten(), 1.0).backward()
     # the reference attention computes the whole square, so a query costs 33 keys
@@ -48,11 +51,67 @@ def test_state_bytes_by_stage() -> None:
     assert totals == [16 * n, 4 * n + 3 * n, 2 * n + n // 2 + 3 * n, 4 * n]
 
 
-def test_description_names_the_numbers() -> None:
-    config = load_config(ROOT / "configs" / "tiny_gqa.yaml")
+def test_cache_bytes() -> None:
+    # 10091: DeepSeek-V2's 128 heads of 128; elements per token and layer 2 n_h d_h, 2 n_g d_h, 2 d_h, and 576
+    sizes = dict(vocab_size=8, d_model=5120, n_layers=60, d_ff=8, n_heads=128)
+    v2 = MlaConfig(d_latent=512, d_query_latent=1536, d_nope=128, d_rope=64, d_value=128)
+    elements = {k: n // 120 for k, n in cache_bytes_per_token(ModelConfig(**sizes, mla=v2)).items()}
+    assert next(iter(elements.items())) == ("MLA of 512 + 64", 576)
+    assert elements["MHA of 128 heads"] == 128 * (192 + 128)  # its own heads, keys of 192 and values of 128
+    gqa = cache_bytes_per_token(ModelConfig(**sizes, n_kv_heads=8, d_head=128))
+    assert {k: n // 120 for k, n in gqa.items()} == {
+        "GQA of 8 groups": 2 * 8 * 128, "MHA of 128 heads": 2 * 128 * 128, "MQA": 2 * 128, "MLA of 512 + 32": 544,
+    }  # fmt: skip
+    for heads, groups in ((2, None), (3, None), (4, 2), (9, 3), (14, 2), (16, 4)):
+        names = [
+            name for name in cache_bytes_per_token(ModelConfig(**(sizes | {"n_heads": heads}), mla=v2)) if "GQA" in name
+        ]
+        assert names == ([f"GQA of {groups} groups"] if groups else [])
+    assert [next(iter(cache_bytes_per_token(ModelConfig(**sizes, n_kv_heads=g, d_head=128)))) for g in (None, 1)] == [
+        "MHA of 128 heads", "MQA",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_bytes_are_those_that_decoding_keeps(kind: str) -> None:
+    config = tiny(**KINDS[kind])
+    model, tokens = build(config), torch.randint(0, 97, (2, 33))
+    caches = [Cache() for _ in model.blocks]
+    model.hidden(tokens, positions_of(tokens), caches=caches)
+    assert sum(c.bytes_per_token for c in caches) == next(iter(cache_bytes_per_token(config, 4).values()))
+
+
+@pytest.mark.parametrize("name", ["tiny_gqa", "tiny_mla"])
+def test_description_names_the_numbers(name: str) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
     object.__setattr__(config, "model", resolve(config.model, "adamw", config.data.seq_len))
     text = describe(config, 2)
-    for words in ("model:      vocab_size=4096 d_model=128", "rope={base=7400.0 context=256}", "train:      run=runs/",
-                  f"{n_parameters(config.model):,} parameters", "rope base 7400 for 256 tokens", "2 ranks x 2 micro-ba",
-                  "16 rows x 256 tokens = 4,096 tokens", "200 steps = 819,200 tokens", "ZeRO-1 fp32"):  # fmt: skip
-        assert words in text
+    assert config.model.rope.base == {"tiny_gqa": 7400, "tiny_mla": 59400}[name]
+    for words in ("model:      vocab_size=4096 d_model=128", "context=256", "train:      run=runs/",
+                  f"{n_parameters(config.model):,} parameters", f"rope base {config.model.rope.base:g} on ",
+                  "for 256 tokens", "2 ranks x 2 micro-batches", "16 rows x 256 tokens = 4,096 tokens",
+                  "200 steps = 819,200 tokens", "ZeRO-1 fp32", "scale log_n on ",
+                  *{"tiny_gqa": ("4 heads of 32 in 2 groups", "GQA of 2 groups 1,024 bytes"),
+                    "tiny_mla": ("MLA, 4 heads of 16 + 16 and values of 32", "MLA of 64 + 16 640 bytes")}[name],
+                  ):  # fmt: skip
+        assert words in text, words
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "tools" / "describe.py", *arguments], capture_output=True, text=True)
+
+
+def test_the_program() -> None:
+    done = program(str(ROOT / "configs" / "1b.yaml"), "model.n_kv_heads=null", "model.mla={}", "--ranks", "8",
+                   "--parameters")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("MLA, 16 heads of 96 + 32 and values of 128 from a latent of 512", "blocks.attention.wk_up",
+                  "1536x512", "cache       per token in 16 bits: MLA of 512 + 32 26,112 bytes"):  # fmt: skip
+        assert words in done.stdout, done.stdout
+    for arguments, message in [
+        (["configs/none.yaml"], "error: no config file configs/none.yaml: the shipped ones are in configs/"),
+        ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "0"], "error: --ranks 0 must be positive"),
+        ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "7"], "must be a multiple of train.micro_batch_size=4 times"),
+    ]:
+        done = program(*arguments)
+        assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from megakexue.attention import Layout
 from megakexue.config import (
     Config,
     DataConfig,
     EngineConfig,
     GuardConfig,
+    LossConfig,
+    MlaConfig,
     ModelConfig,
     OptimConfig,
     SourceConfig,
     TrainConfig,
 )
 from megakexue.data import Batches
-from megakexue.loss import plain_cross_entropy
+from megakexue.loss import emo_rows, plain_cross_entropy
 from megakexue.model import Decoder, initial_weight, resolve, shape
 from megakexue.optim import clip_factor, lr_factor
 from tests.conftest import Prepared
@@ -32,20 +35,35 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def make_config(
-    prepared: Prepared, *, stage: int = 0, dtype: str = "fp32", micro: int = 2, tied: bool = False
+    prepared: Prepared,
+    *,
+    stage: int = 0,
+    dtype: str = "fp32",
+    micro: int = 2,
+    tied: bool = False,
+    mla: bool = False,
+    emo: bool = False,
 ) -> Config:
     # sizes that no number of ranks divides, so that partitions cut through tensors and rows
-    model = ModelConfig(
-        vocab_size=517, d_model=36, n_layers=2, n_heads=6, n_kv_heads=2, d_head=10, d_ff=50, tie_embeddings=tied
-    )
+    kind: dict[str, Any] = dict(n_kv_heads=2, d_head=10)
+    if mla:
+        kind = dict(mla=MlaConfig(d_latent=17, d_query_latent=23, d_nope=7, d_rope=6, d_value=11))
+    model = ModelConfig(vocab_size=517, d_model=36, n_layers=2, n_heads=6, d_ff=50, tie_embeddings=tied, **kind)
     return Config(
         model=resolve(model, "adamw", prepared.seq_len),
         data=DataConfig(
             sources=[SourceConfig(path=str(prepared.data))], tokenizer=str(prepared.tokenizer), seq_len=prepared.seq_len
         ),
-        train=TrainConfig(run="unused", steps=N_STEPS, global_batch_size=8, micro_batch_size=micro),
+        train=TrainConfig(
+            run="unused",
+            steps=N_STEPS,
+            global_batch_size=8,
+            micro_batch_size=micro,
+            init_from="unused" if emo else None,
+        ),
         # a norm that clips every step, so that clipping is under test too
         optim=OptimConfig(lr=1e-2, warmup_steps=1, clip_norm=0.1),
+        loss=LossConfig(z_loss=1e-3 if emo else 0.0, emo=emo),
         guard=GuardConfig(initial_loss_scale=65536.0),
         engine=EngineConfig(zero_stage=stage, dtype=dtype, bucket_elements=3000),
     )
@@ -66,6 +84,9 @@ def train_steps(config: Config, *, same_batch: bool, poison_step: int | None = N
     engine = Engine(config, ranks)
     initial_masters(engine, config)
     engine.check_weights()
+    if config.loss.emo:
+        head = initial_weight("embedding.weight" if config.model.tie_embeddings else "head.weight", config.model, 0)
+        engine.emo_rows = emo_rows(head).to(engine.dtype)
     world, rank = (1, 0) if same_batch else (ranks.world_size, ranks.rank)
     size = config.train.global_batch_size // ranks.world_size if same_batch else config.train.global_batch_size
     data = Batches(
@@ -147,7 +168,7 @@ def plain_training(config: Config) -> tuple[list[float], list[float], dict[str, 
         x = model.embedding(batch.tokens)
         rotary = model.rotary(batch.positions, batch.tokens.shape[1])
         for block in model.blocks:
-            x = block(x, rotary, batch.positions, batch.cu_seqlens, "reference", None)
+            x = block(x, rotary, Layout(batch.positions, batch.cu_seqlens), "reference", None)
         scale = config.model.logit_scale
         assert scale is not None
         loss = plain_cross_entropy(x.flatten(0, 1), model.head.weight, batch.targets.flatten(), scale)
@@ -177,10 +198,15 @@ def test_every_stage_and_dtype_trains_as_one_process(prepared: Prepared) -> None
     torch.set_num_threads(1)
     same = [(make_config(prepared, stage=s, dtype=d, tied=t), True, None)
             for d in DTYPES for s in STAGES for t in (False, True) if d == "fp32" or not t]  # fmt: skip
+    same += [(make_config(prepared, stage=s, dtype=d, mla=True), True, None)
+             for d in ("fp32", "bf16") for s in STAGES]  # fmt: skip
+    same += [(make_config(prepared, stage=s, dtype=d, tied=t, emo=True), True, None)
+             for s, d, t in ((1, "fp32", False), (3, "bf16", True), (3, "fp32", False))]  # fmt: skip
     different = [(make_config(prepared, stage=s, dtype=d), False, None) for d in DTYPES for s in STAGES]
+    latent = [(make_config(prepared, stage=s, mla=True), False, None) for s in STAGES]
     accumulated = [(make_config(prepared, stage=s, micro=1), False, None) for s in STAGES]
     poisoned = [(make_config(prepared, stage=s, dtype=d), False, 2) for d in DTYPES for s in STAGES]
-    cases = same + different + accumulated + poisoned
+    cases = same + different + accumulated + latent + poisoned
     two = list(zip(*run_on_ranks(2, many_cases, cases)))
     # what both ranks of `same` saw, on one rank without sharding
     halves = [
@@ -197,6 +223,7 @@ def test_every_stage_and_dtype_trains_as_one_process(prepared: Prepared) -> None
     # 1. two ranks with the same rows = one unsharded rank: every bit of losses, norms, masters and moments
     for (config, *_), ranks, whole, alone in zip(same, two, assembled, one):
         where = f"stage {config.engine.zero_stage} {config.engine.dtype} tied={config.model.tie_embeddings}"
+        where += f" mla={config.model.mla is not None}"
         reference = assemble([alone], config, sharded=False)
         rel = 1e-6 if config.engine.dtype == "fp16" and config.engine.zero_stage >= 2 else 1e-15
         for field in ("loss", "grad_norm"):
@@ -213,12 +240,12 @@ def test_every_stage_and_dtype_trains_as_one_process(prepared: Prepared) -> None
 
     # 2. different rows: fp32 agrees with plain torch up to the order of float32 sums. AdamW divides by sqrt(v), so an
     #    element whose gradient is rounding noise may move by a different fraction of lr; hence a bound in units of lr
-    config = different[0][0]
-    losses, norms, reference_weights = plain_training(config)
+    references = {kind: plain_training(first[0][0]) for kind, first in ((False, different), (True, latent))}
     n = len(same)
     for (config, *_), ranks, whole in zip(cases[n:], two[n:], assembled[n:]):
         if config.engine.dtype == "fp32" and ranks[0]["n_updates"] == N_STEPS:
-            where = f"stage {config.engine.zero_stage} micro {config.train.micro_batch_size}"
+            where = f"stage {config.engine.zero_stage} micro {config.train.micro_batch_size} {config.model.mla}"
+            losses, norms, reference_weights = references[config.model.mla is not None]
             assert [r.loss for r in ranks[0]["results"]] == pytest.approx(losses, rel=1e-6), where
             assert [r.grad_norm for r in ranks[0]["results"]] == pytest.approx(norms, rel=1e-5), where
             for name, value in reference_weights.items():
@@ -227,6 +254,7 @@ def test_every_stage_and_dtype_trains_as_one_process(prepared: Prepared) -> None
                 assert difference.mean() < 1e-5 * config.optim.lr, f"{where}: {name} {difference.mean()}"
 
     # 3. half precision: the same loss column to the precision of the weights
+    losses = references[False][0]
     for (config, *_), ranks in zip(different, two[n:]):
         if config.engine.dtype != "fp32":
             rel = {"bf16": 2e-3, "fp16": 3e-4}[config.engine.dtype]

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megakexue.config import ModelConfig, RopeConfig, UserError, sha256
-from megakexue.export import Bundle, export_run, parameter_names, verify, write_bundle
+from megakexue.export import Bundle, export_run, verify, write_bundle
 from megakexue.generate import load_decoder
-from megakexue.model import Decoder, axes, initial_weight, resolve, shape
+from megakexue.model import Decoder, axes, initial_weight, parameter_names, resolve, shape
 from megakexue.optim import Segment
 from tests.conftest import Prepared
 from tests.ranks import run_on_ranks
@@ -126,7 +126,7 @@ def reseal(folder: Path) -> None:
     """Write the manifest anew over all files, as someone who makes a bundle by hand would."""
     files = [path for path in folder.iterdir() if path.name != "manifest.json"]
     entries = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "files": entries}))
 
 
 def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -184,10 +184,10 @@ REFUSED: dict[str, Callable[[Path], Any]] = {
     r"model.safetensors is missing: copy the folder again": lambda b: (b / "model.safetensors").unlink(),
     r"is no bundle: make one with tools/export_model.py": lambda b: (b / "manifest.json").unlink(),
     r"bundle is no bundle": lambda b: (b / "config.yaml").unlink(),
-    r"manifest.json: cannot read the manifest": lambda b: (b / "manifest.json").write_text('{"format": 1, "fil'),
+    r"manifest.json: cannot read the manifest": lambda b: (b / "manifest.json").write_text('{"format": 2, "fil'),
     r"manifest must be a JSON object": lambda b: (b / "manifest.json").write_text("[]"),
-    r"format 2 is not 1: use the version of megakexue that wrote it": lambda b: (
-        edit_manifest(b, lambda m: m.update(format=2))
+    r"format 1 is not 2: use the version of megakexue that wrote it": lambda b: (
+        edit_manifest(b, lambda m: m.update(format=1))
     ),
     r"manifest.json is damaged: it has no sizes and hashes of files; copy": lambda b: (
         edit_manifest(b, lambda m: m.update(files={"config.yaml": 3}))
@@ -396,7 +396,7 @@ def test_the_bundle_has_the_loss_that_the_engine_reported(prepared: Prepared, tr
     loss, n_targets = 0.0, 0
     with torch.no_grad():
         for batch in data.first_rows(config.evaluate.n_rows):
-            loss += float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets))
+            loss += float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets).cross_entropy)
             n_targets += batch.n_targets
     data.close()
     # other micro-batches and another form of attention: float32 sums in another order
@@ -429,7 +429,7 @@ def test_runs_that_cannot_be_exported(trained: Path, tmp_path: Path) -> None:
     refused("rank_00001.safetensors is damaged: .*; or export an earlier checkpoint with --step")
     assert Bundle(export_run(run, tmp_path / "first", step=1)).lineage["step"] == 1
     edit_manifest(run / "checkpoints" / "step_00000002", lambda m: m.update(format=9))
-    refused("format 9 is not 1")
+    refused("format 9 is not 2")
     (run / "checkpoints" / "step_00000002").rename(run / "checkpoints" / "step_00000003.tmp")
     assert Bundle(export_run(run, tmp_path / "second")).lineage["step"] == 1
     (run / "tokenizer.model").unlink()

@@ -15,21 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megakexue.config import ModelConfig, RopeConfig, UserError
-from megakexue.export import Bundle, parameter_names, write_bundle
+from megakexue.config import MlaConfig, ModelConfig, RopeConfig, UserError
+from megakexue.export import Bundle, write_bundle
 from megakexue.generate import PREFILL, complete, generate, load_decoder, next_token
-from megakexue.model import Decoder, initial_weight, resolve, shape
+from megakexue.model import Cache, Decoder, initial_weight, parameter_names, resolve, shape
 from megakexue.tokenizer import Tokenizer
 from tests.conftest import Prepared
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 N_PIECES, VOCAB_SIZE = 512, 528
-NEVER = -1  # no token: generation that stops at nothing
+NEVER = None  # generation that stops at nothing
 
 
 def make_config(**changes: Any) -> ModelConfig:
-    sizes = {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+    sizes = {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48}
+    if "mla" not in changes:
+        sizes["n_kv_heads"] = 2
     return resolve(ModelConfig(**(sizes | changes), rope=RopeConfig(base=1e4)), "adamw", 64)
 
 
@@ -54,13 +56,22 @@ def tokenizer(bundle: Bundle) -> Tokenizer:
     return bundle.load_tokenizer()
 
 
+def continuation(model: Decoder, prompt: list[int], **options: Any) -> list[int]:
+    """The tokens of one prompt, until it ends."""
+    return [token for (token,) in generate(model, [prompt], **options) if token is not None]
+
+
+def texts_of(model: Decoder, tokenizer: Tokenizer, text: str | bytes, **options: Any) -> list[str]:
+    return [piece for (piece,) in complete(model, tokenizer, [text], **options) if piece is not None]
+
+
 @torch.no_grad()
 def all_logits(model: Decoder, tokens: list[int]) -> Tensor:
     """[t, v], of the whole text at once."""
     return model(torch.tensor([tokens]), torch.arange(len(tokens))[None])[0]
 
 
-def greedy_without_cache(model: Decoder, prompt: list[int], n: int, stop_id: int, vocab_size: int) -> list[int]:
+def greedy_without_cache(model: Decoder, prompt: list[int], n: int, stop_id: int | None, vocab_size: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(n):
         token = int(all_logits(model, tokens)[-1, :vocab_size].argmax())
@@ -79,25 +90,51 @@ def test_greedy_is_the_best_token_of_the_whole_text(
     plain = load_decoder(bundle, CPU)
     plain.backend = "blocked"  # what training uses on CPU
     expected = greedy_without_cache(plain, prompt, 20, NEVER, N_PIECES)
-    got = list(generate(model, prompt, n_tokens=20, stop_id=NEVER, vocab_size=N_PIECES, temperature=0.0))
+    got = continuation(model, prompt, n_tokens=20, stop_id=NEVER, vocab_size=N_PIECES, temperature=0.0)
     assert got == expected and len(got) == 20 and len(set(got)) > 5
+
+
+MLA = MlaConfig(d_latent=16, d_query_latent=20, d_nope=8, d_rope=8, d_value=12)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1}, {"mla": MLA}], ids=str)
+def test_a_row_in_a_batch_is_the_row_alone(changes: dict[str, Any]) -> None:
+    config = make_config(**changes)
+    model = Decoder(config, "reference")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_weight(name, config, seed=3) * (8 if name == "head.weight" else 1))
+    generator = torch.Generator().manual_seed(0)
+    # one is longer than a part of the prefill, and another ends in the same part as it begins
+    prompts = [torch.randint(1, 500, (n,), generator=generator).tolist() for n in (1, PREFILL + 30, 7, PREFILL)]
+    caches = [Cache() for _ in model.blocks]
+    options: dict[str, Any] = {"n_tokens": 40, "temperature": 0.7}
+    alone = [continuation(model, prompt, **options, stop_id=NEVER, seed=5 + i) for i, prompt in enumerate(prompts)]
+    rows = list(generate(model, prompts, **options, stop_id=NEVER, seed=5, caches=caches))
+    assert [list(row) for row in zip(*rows)] == alone and len(rows) == 40
+    # a row that ends leaves the others as they are
+    stop = alone[2][10]
+    ended = list(zip(*generate(model, prompts, **options, stop_id=stop, seed=5)))
+    for row, whole in zip(ended, alone):
+        n = whole.index(stop) if stop in whole else 40
+        assert list(row) == whole[:n] + [None] * (len(row) - n)
+    assert ended[2][10] is None
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_chosen(model: Decoder, tokenizer: Tokenizer) -> None:
     prompt = [tokenizer.bos_id, *tokenizer.encode("class A:")]
     options: dict[str, Any] = {"n_tokens": 40, "stop_id": NEVER}
     for temperature in (0.0, 1.0, 5.0):
-        free = list(generate(model, prompt, **options, temperature=temperature, top_p=1.0))
+        free = continuation(model, prompt, **options, temperature=temperature, top_p=1.0)
         assert max(free) >= N_PIECES  # they would be
-        assert (
-            max(generate(model, prompt, **options, temperature=temperature, top_p=1.0, vocab_size=N_PIECES)) < N_PIECES
-        )
-    assert len(list(complete(model, tokenizer, "class A:", n_tokens=40, stop_id=NEVER, temperature=5.0))) == 40
+        known = continuation(model, prompt, **options, temperature=temperature, top_p=1.0, vocab_size=N_PIECES)
+        assert max(known) < N_PIECES
+    assert len(texts_of(model, tokenizer, "class A:", n_tokens=40, stop_id=NEVER, temperature=5.0)) == 40
 
 
 def test_the_seed_decides_the_text(model: Decoder, tokenizer: Tokenizer) -> None:
     def text(**options: Any) -> str:
-        return "".join(complete(model, tokenizer, "for", n_tokens=15, stop_id=NEVER, **options))
+        return "".join(texts_of(model, tokenizer, "for", n_tokens=15, stop_id=NEVER, **options))
 
     texts = [text(seed=seed) for seed in range(5)]
     torch.manual_seed(99)  # the global generator has no part in it
@@ -107,7 +144,7 @@ def test_the_seed_decides_the_text(model: Decoder, tokenizer: Tokenizer) -> None
 
 def test_narrow_settings_are_greedy(model: Decoder, tokenizer: Tokenizer) -> None:
     def tokens(**options: Any) -> list[int]:
-        return list(generate(model, [tokenizer.bos_id], n_tokens=15, stop_id=NEVER, vocab_size=N_PIECES, **options))
+        return continuation(model, [tokenizer.bos_id], n_tokens=15, stop_id=NEVER, vocab_size=N_PIECES, **options)
 
     greedy = tokens(temperature=0.0)
     for options in ({"top_p": 1e-9, "temperature": 2.0}, {"temperature": 1e-300}, {"temperature": 1e-4, "top_p": 1.0}):
@@ -149,7 +186,9 @@ def test_first_tokens_of_many_seeds_follow_the_softmax() -> None:
             parameter.copy_(initial_weight(name, config, seed=3) * (3 if name == "head.weight" else 1))
     prompt = [1, 5, 2]
     options: dict[str, Any] = {"n_tokens": 1, "stop_id": NEVER, "temperature": 0.9, "top_p": 1.0}
-    draws = [next(generate(model, prompt, **options, seed=seed)) for seed in range(500)]
+    draws = [continuation(model, prompt, **options, seed=seed)[0] for seed in range(250)]
+    # a batch draws what its rows would draw alone
+    draws += [token for token in next(generate(model, [prompt] * 250, **options, seed=250)) if token is not None]
     probabilities = (all_logits(model, prompt)[-1].double() / 0.9).softmax(-1).tolist()
     assert max(probabilities) > 0.25 and min(probabilities) > 0.01
     # 24.3: once in a thousand times with 7 degrees of freedom
@@ -186,9 +225,9 @@ def test_the_end_of_the_document_ends_the_text(bundle: Bundle, tokenizer: Tokeni
         model.head.weight[tokenizer.eos_id] = 1.001 * model.head.weight[last]
     expected = greedy_without_cache(model, prompt, 20, tokenizer.eos_id, N_PIECES)
     assert expected == free[: free.index(last)] and len(expected) >= 3
-    pieces = list(complete(model, tokenizer, "def", n_tokens=20, temperature=0.0))
+    pieces = texts_of(model, tokenizer, "def", n_tokens=20, temperature=0.0)
     assert "".join(pieces) == tokenizer.decode(expected) and len(pieces) == len(expected)
-    assert list(complete(model, tokenizer, "def", n_tokens=3, temperature=0.0, stop_id=NEVER)) == [
+    assert texts_of(model, tokenizer, "def", n_tokens=3, temperature=0.0, stop_id=NEVER) == [
         tokenizer.decode([token]) for token in free[:3]
     ]
 
@@ -221,7 +260,7 @@ def test_characters_of_several_tokens_come_whole(prepared: Prepared, tmp_path: P
     def pieces(name: str, tokens: list[int], **options: Any) -> list[str]:
         chain = [tokenizer.bos_id, *tokens, tokenizer.eos_id]
         model = load_decoder(write_chain(tmp_path / name, prepared, chain), CPU)
-        return list(complete(model, tokenizer, "", **({"n_tokens": 50} | options)))
+        return texts_of(model, tokenizer, "", **({"n_tokens": 50} | options))
 
     text = [*bytes_of["你"], plain, *bytes_of["🙂"]]
     assert pieces("whole", text) == ["", "", "你", "x", "", "", "", "🙂"]
@@ -232,7 +271,7 @@ def test_characters_of_several_tokens_come_whole(prepared: Prepared, tmp_path: P
 
 def test_a_prompt_may_be_any_bytes(model: Decoder, tokenizer: Tokenizer) -> None:
     for prompt in ("", "\ufeff\0 ▁<s></s>", "从前有座山🙂", b"\xff\xfe\x00half \xe4\xbd", "\udc80"):
-        assert len(list(complete(model, tokenizer, prompt, n_tokens=3, stop_id=NEVER))) == 3
+        assert len(texts_of(model, tokenizer, prompt, n_tokens=3, stop_id=NEVER)) == 3
 
 
 def test_what_generation_refuses(bundle: Bundle, model: Decoder, tokenizer: Tokenizer) -> None:
@@ -244,12 +283,12 @@ def test_what_generation_refuses(bundle: Bundle, model: Decoder, tokenizer: Toke
         ({"top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
     ]:
         with pytest.raises(UserError, match=message):
-            next(generate(model, [1], n_tokens=1, stop_id=NEVER, **options))  # type: ignore[arg-type]
+            next(generate(model, [[1]], n_tokens=1, stop_id=NEVER, **options))  # type: ignore[arg-type]
     overflowing = load_decoder(bundle, CPU, torch.float16)
     with torch.no_grad():
         overflowing.head.weight.fill_(60000.0)
-    with pytest.raises(UserError, match="the model's logits are not finite in this dtype: generate in fp32"):
-        list(complete(overflowing, tokenizer, "a", n_tokens=2, temperature=0.0))
+    with pytest.raises(UserError, match="the model's logits are not finite: generate in fp32, and if"):
+        texts_of(overflowing, tokenizer, "a", n_tokens=2, temperature=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -320,7 +359,8 @@ def test_the_program_shows_prompt_and_text(prepared: Prepared, tmp_path: Path) -
     chain = write_chain(tmp_path / "chain", prepared, [last, *tokenizer.encode("你🙂"), tokenizer.eos_id])
     code, stdout, stderr = program(chain.folder, "--prompt", "山x", "--greedy", "--n-tokens", "20")
     assert code == 0 and stdout.decode() == "山x你🙂\n"
-    assert re.fullmatch(r"7 tokens in \d+\.\d\d s: \d+\.\d tokens/s", stderr), stderr
+    # two layers, keys and values, two groups of 8 numbers of 4 bytes
+    assert re.fullmatch(r"7 tokens in \d+\.\d\d s: \d+\.\d tokens/s; 256 bytes of cache a token", stderr), stderr
     # bytes that are no text go through as they are; here the model takes up after a newline and then x
     code, stdout, stderr = program(chain.folder, "--seed", "5", "--temperature", "0.1", stdin=b"\xff\nx")
     assert code == 0 and stdout == b"\xff\nx" + "你🙂\n".encode()
@@ -344,8 +384,22 @@ def test_the_program_draws_the_same_text_for_a_seed(bundle: Bundle, model: Decod
     first, second = samples.groups()
     assert first != second
     for seed, text in enumerate((first, second)):
-        assert text == "".join(complete(model, tokenizer, "", n_tokens=20, temperature=3.0, seed=seed))
+        assert text == "".join(texts_of(model, tokenizer, "", n_tokens=20, temperature=3.0, seed=seed))
     assert program(bundle.folder, *options, "--seed", "1", "--temperature", "3")[1].decode() == second + "\n"
+
+
+@pytest.mark.slow
+def test_the_program_continues_a_batch(bundle: Bundle, model: Decoder, tokenizer: Tokenizer) -> None:
+    prompts = ["import os", "x", "def f(a, b):"]
+    given = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    options = ["--n-tokens", "9", "--temperature", "1.5", "--n-samples", "2"]
+    code, stdout, stderr = program(bundle.folder, *given, *options)
+    assert code == 0, stderr
+    expected = ""
+    for i, prompt in enumerate(prompt for prompt in prompts for _ in range(2)):
+        text = "".join(texts_of(model, tokenizer, prompt, n_tokens=9, temperature=1.5, seed=i))
+        expected += f"--- prompt {i // 2 + 1}, seed {i} ---\n{prompt}{text}\n"
+    assert stdout.decode() == expected
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ def tiny_run(prepared: Prepared, run: Path, *overrides: str) -> list[str]:
     ]  # fmt: skip
 
 
-def tiny_config(prepared: Prepared, run: Path, *overrides: str) -> Config:
-    return load_config(ROOT / "configs" / "tiny_gqa.yaml", tiny_run(prepared, run, *overrides))
+def tiny_config(prepared: Prepared, run: Path, *overrides: str, name: str = "tiny_gqa") -> Config:
+    return load_config(ROOT / "configs" / f"{name}.yaml", tiny_run(prepared, run, *overrides))
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -68,14 +68,17 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
     # enough rows in a step that the run crosses an epoch end after the stop, with shuffled data
     batch = n_rows(prepared) // 7 // 8 * 8
     configs, names = [], []
-    for stage, dtype in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp16"),
-                         (3, "bf16")):  # fmt: skip
-        name = f"{stage}_{dtype}"
+    cases = [("gqa", s, "fp32") for s in range(4)]
+    cases += [("gqa", 0, "bf16"), ("gqa", 1, "bf16"), ("gqa", 2, "fp16"), ("gqa", 3, "bf16")]
+    cases += [("mla", 0, "fp32"), ("mla", 2, "fp32"), ("mla", 3, "bf16")]
+    for kind, stage, dtype in cases:
+        name, model = f"{kind}_{stage}_{dtype}", f"tiny_{kind}"
         options = [f"engine.zero_stage={stage}", f"engine.dtype={dtype}", f"train.global_batch_size={batch}",
                    "guard.loss_scale_window=3"]  # fmt: skip
-        configs.append(tiny_config(prepared, tmp_path / f"straight_{name}", *options))
-        configs.append(tiny_config(prepared, tmp_path / f"stopped_{name}", *options, "train.stop_at_step=5"))
-        configs.append(tiny_config(prepared, tmp_path / f"stopped_{name}", *options))
+        configs.append(tiny_config(prepared, tmp_path / f"straight_{name}", *options, name=model))
+        stopped = tmp_path / f"stopped_{name}"
+        configs.append(tiny_config(prepared, stopped, *options, "train.stop_at_step=5", name=model))
+        configs.append(tiny_config(prepared, stopped, *options, name=model))
         names.append(name)
     run_on_ranks(2, train_all, configs)
     for name in names:
@@ -95,22 +98,24 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
     # and the stages agree with one another: sums in another order, stated in tests/test_engine.py
     losses = {name: [r["loss"] for r in records(tmp_path / f"straight_{name}")] for name in names}
     for name in names:
-        rel = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}[name[2:]]
-        assert losses[name] == pytest.approx(losses["0_fp32"], rel=rel), name
+        kind, _, dtype = name.split("_")
+        rel = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}[dtype]
+        assert losses[name] == pytest.approx(losses[f"{kind}_0_fp32"], rel=rel), name
 
 
 @pytest.mark.slow
-def test_micro_batches_and_ranks_do_not_change_the_loss(prepared: Prepared, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny_gqa", "tiny_mla"])
+def test_micro_batches_and_ranks_do_not_change_the_loss(name: str, prepared: Prepared, tmp_path: Path) -> None:
     runs = {(1, 48): 1, (1, 6): 1, (2, 24): 1, (2, 3): 1, (3, 16): 0, (3, 2): 1, (3, 4): 2, (3, 8): 3}
-    for world in (1, 2, 3):
+    for world in (1, 2, 3) if name == "tiny_gqa" else (1, 2):
         configs = [
             tiny_config(prepared, tmp_path / f"{world}_{micro}", f"train.micro_batch_size={micro}",
-                        "train.global_batch_size=48", f"engine.zero_stage={stage}")
+                        "train.global_batch_size=48", f"engine.zero_stage={stage}", name=name)
             for (n, micro), stage in runs.items() if n == world
         ]  # fmt: skip
         run_on_ranks(world, train_all, configs)
     reference = column(tmp_path / "1_48")
-    for run in (f"{world}_{micro}" for world, micro in runs):
+    for run in (f"{world}_{micro}" for world, micro in runs if (tmp_path / f"{world}_{micro}").exists()):
         for got, want in zip(column(tmp_path / run), reference, strict=True):
             # rows and tokens are the same ones; losses differ by the order of float32 sums
             for key in want:
@@ -157,7 +162,8 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> Non
     assert [r["step"] for r in records(tmp_path / "killed")] == list(range(1, 31))
 
     # what the user was told before the first step, and the folder as docs/folders.md shows it
-    for words in ("parameters, deepnorm alpha", "rope base", "30 steps = 30,720 tokens", "ZeRO-3 fp32, per rank",
+    for words in ("parameters, deepnorm alpha", "heads of 8 in 2 groups, scale log_n", "rope base",
+                  "30 steps = 30,720 tokens", "ZeRO-3 fp32, per rank",
                   "attention   blocked: the fastest form on CPU", "weights from train.seed=0", "matmul"):  # fmt: skip
         assert words in output
     assert len(re.findall(r"step +\d+/30  loss .* grad .* lr .* tok/s  mfu .* mem .* applied", output)) == 30
@@ -281,3 +287,91 @@ def test_yaml_of_a_run_is_its_config(prepared: Prepared, tmp_path: Path) -> None
     config = tiny_config(prepared, tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def outcomes(configs: list[Config]) -> list[str]:
+    """What each run ends with: "" or the refusal."""
+    from megakexue.train import train
+
+    ends = []
+    for config in configs:
+        try:
+            train(config)
+            ends.append("")
+        except UserError as error:
+            ends.append(str(error))
+    return ends
+
+
+@pytest.mark.slow
+def test_finetuning_for_a_longer_context_with_other_losses(prepared: Prepared, tmp_path: Path) -> None:
+    from megakexue.export import Bundle, export_run, write_bundle
+    from megakexue.model import parameter_names
+
+    options = ["model.attention.scale=constant", "evaluate.every_steps=null", "train.steps=6", "optim.warmup_steps=1"]
+    run_on_ranks(1, train_all, [tiny_config(prepared, tmp_path / "run", *options)])
+    bundle = export_run(tmp_path / "run", tmp_path / "bundle")
+    export_run(tmp_path / "run", tmp_path / "other", step=3)
+    later, trained_config = tmp_path / "later", Bundle(bundle).config
+    weights = ((name, Bundle(bundle).weight(name)) for name in parameter_names(trained_config))
+    golden = ROOT / "tests" / "golden" / "tokenizer.model"
+    foreign = write_bundle(tmp_path / "foreign", trained_config, weights, golden, {})
+    start = [*options, f"train.init_from={bundle}", "model.rope.context=256"]
+    old = ["model.rope.trained_context=64", "model.attention.backend=sdpa"]
+    cases = {
+        "base": ["model.rope.extension=base", *old],
+        "interpolate": ["model.rope.extension=interpolate", *old],
+        "ntk": ["model.rope.extension=ntk", *old, "model.attention.scale=log_n_clipped"],
+        "ntk_exact": ["model.rope.extension=ntk_exact", *old],
+        "ntk_mixed": ["model.rope.extension=ntk_mixed", *old, "loss.z_loss=1e-3"],
+        "yarn": ["model.rope.extension=yarn", *old, "loss.emo=true", "loss.z_loss=1e-4", "train.stop_at_step=3"],
+        "yarn_resumed": ["model.rope.extension=yarn", *old, "loss.emo=true", "loss.z_loss=1e-4"],
+        "yarn_straight": ["model.rope.extension=yarn", *old, "loss.emo=true", "loss.z_loss=1e-4"],
+    }
+    runs = {name: tmp_path / name.removesuffix("_resumed") for name in cases}
+    refused = {
+        r"rope.context 64 -> 256: copy the model section .*; for a longer context set model.rope.extension": [],
+        r"model.rope.base=\d+ is that of train.init_from=.*, so model.rope.extension=base changes nothing": [
+            *cases["base"], f"model.rope.base={trained_config.rope.base}"],
+        "data.tokenizer=.* is not the tokenizer of train.init_from=.*foreign, so its ids mean other text": [
+            f"train.init_from={foreign}", "model.rope.context=null"],
+        "model.rope.trained_context=100, but train.init_from=.* was trained for 64 tokens": [
+            "model.rope.extension=ntk", "model.rope.trained_context=100"],
+        r"rope.base \d+.0 -> 9000.0; rope.context 64 -> 256: copy .*; for a longer context set model.rope.extension": [
+            "model.rope.base=9000"],
+        r"rope.base \d+.0 -> 9000.0: copy the model section of .*config.yaml$": [
+            "model.rope.base=9000", "model.rope.extension=ntk", *old],
+        "attention.scale constant -> log_n": ["model.rope.extension=ntk", *old, "model.attention.scale=log_n"],
+        r"attention.log_n_base None -> 100.0; attention.scale constant -> log_n_clipped": [
+            "model.rope.extension=ntk", *old, "model.attention.scale=log_n_clipped", "model.attention.log_n_base=100"],
+        "later is already extended, by yarn from 64 to 256 tokens: keep its model.rope, or start from the bundle": [
+            "model.rope.extension=yarn", *old, "model.rope.context=512", f"train.init_from={later}"],
+        "later is already extended, by yarn from 64 to 256": [
+            "model.rope.base=60600", "model.rope.context=512", f"train.init_from={later}"],
+        "is not the bundle that this run started from, whose head loss.emo needs": [
+            *cases["yarn"], f"train.init_from={tmp_path}/other", f"train.run={tmp_path}/yarn"],
+    }  # fmt: skip
+    configs = [tiny_config(prepared, runs[name], *start, *extra) for name, extra in cases.items()]
+    assert run_on_ranks(1, outcomes, configs)[0] == [""] * len(cases)
+    # and a bundle with an extension goes on with it
+    export_run(tmp_path / "yarn", later)
+    again = tiny_config(prepared, tmp_path / "again", *start, *cases["yarn"], f"train.init_from={later}")
+    configs = [tiny_config(prepared, tmp_path / "refused", *start, *extra) for extra in refused.values()]
+    ends = run_on_ranks(1, outcomes, [again, *configs])[0]
+    assert ends[0] == ""
+    for message, end in zip(refused, ends[1:], strict=True):
+        assert re.search(message, end), end
+    # each is another model from the first step on, with the trained weights; EMO's run resumes to the same numbers
+    losses = {name: [r["loss"] for r in records(runs[name])] for name in cases}
+    trained = records(tmp_path / "run")[-1]["loss"]
+    assert all(abs(loss[0] - trained) < 0.6 for loss in losses.values()), losses
+    names = [name for name in cases if not name.startswith("yarn_")]
+    assert len({losses[name][0] for name in names}) == len(names) == 6
+    assert column(tmp_path / "yarn") == column(tmp_path / "yarn_straight")
+    a, b = state_hashes(tmp_path / "yarn", 6), state_hashes(tmp_path / "yarn_straight", 6)
+    assert a["rank_00000.safetensors"] == b["rank_00000.safetensors"]
+    # what is logged is the cross-entropy alone: the same first loss, whatever is added to it
+    plain = tiny_config(prepared, tmp_path / "plain", *start, *cases["yarn"], "loss.emo=false", "loss.z_loss=0")
+    run_on_ranks(1, train_all, [plain])
+    first, second = records(tmp_path / "plain"), records(tmp_path / "yarn")
+    assert first[0]["loss"] == second[0]["loss"] and first[0]["grad_norm"] != second[0]["grad_norm"]

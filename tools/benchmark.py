@@ -7,8 +7,9 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from megakexue.config import OptimConfig, run_program
+from megakexue.config import AttentionConfig, LossConfig, MlaConfig, ModelConfig, OptimConfig, run_program
 
 EPILOG = """\
 example:
@@ -47,8 +48,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from megakexue.attention import Backend, attend
-    from megakexue.loss import cross_entropy, plain_cross_entropy
+    from megakexue.attention import Backend, Layout, attend
+    from megakexue.loss import PLAIN, cross_entropy, emo_rows, plain_cross_entropy
+    from megakexue.model import Decoder, initial_weight, resolve
     from megakexue.optim import AdamW
 
     torch.set_num_threads(1)
@@ -68,7 +70,8 @@ def main() -> None:
             cu_seqlens = None if n_documents == 1 else torch.arange(0, b * t + 1, length, dtype=torch.int32)
 
             def run(backend: Backend, inputs: tuple = (q, k, v, positions, cu_seqlens)) -> None:
-                attend(*inputs, backend=backend).sum().backward()
+                q, k, v, *documents = inputs
+                attend(q, k, v, Layout(*documents), backend=backend, scale=d**-0.5).sum().backward()
 
             name = str(dtype).removeprefix("torch.")
             report(
@@ -82,11 +85,44 @@ def main() -> None:
         targets = torch.randint(0, 32000, (2048,))
         name = str(dtype).removeprefix("torch.")
 
-        def loss(function: Callable, inputs: tuple = (hidden, weight, targets, 1.0)) -> None:
-            function(*inputs).backward()
+        def loss(inputs: tuple = (hidden, weight, targets, 1.0)) -> None:
+            cross_entropy(*inputs).objective.backward()
+
+        def plain_loss(inputs: tuple = (hidden, weight, targets, 1.0)) -> None:
+            plain_cross_entropy(*inputs).backward()
 
         what = f"cross-entropy {name} n2048 m384 v32000: chunked / all logits at once"
-        report(what, partial(loss, cross_entropy), partial(loss, plain_cross_entropy))
+        report(what, loss, plain_loss)
+    sizes: dict[str, Any] = dict(vocab_size=8192, d_model=384, n_layers=4, n_heads=6, d_ff=1024)
+    kinds = {
+        "GQA": dict(n_kv_heads=3),
+        "MLA": dict(mla=MlaConfig(d_latent=192, d_query_latent=256, d_nope=48, d_rope=16, d_value=64)),
+    }
+    tokens, positions = torch.randint(0, 8192, (2, 512)), torch.arange(512).expand(2, -1)
+
+    def whole_step(model: Decoder, losses: LossConfig = PLAIN, rows: torch.Tensor | None = None) -> None:
+        model(tokens, positions, targets=tokens, loss=losses, emo_rows=rows).objective.backward()
+
+    for name, kind in kinds.items():
+        models = []
+        for scale in ("log_n", "constant"):
+            attention = AttentionConfig(scale=scale)  # type: ignore[arg-type]
+            config = resolve(ModelConfig(**sizes, **kind, attention=attention), "adamw", 512)  # type: ignore[arg-type]
+            model = Decoder(config, "blocked")
+            with torch.no_grad():
+                for parameter_name, parameter in model.named_parameters():
+                    parameter.copy_(initial_weight(parameter_name, config, 0))
+            models.append(model)
+        what = f"whole model fp32, {name}, 1024 tokens: log n / constant scale"
+        report(what, partial(whole_step, models[0]), partial(whole_step, models[1]))
+    model = models[0]  # the last kind's
+    for what, losses in (("z-loss", LossConfig(z_loss=1e-4)), ("EMO", LossConfig(emo=True))):
+        rows = emo_rows(model.head.weight) if losses.emo else None
+        report(
+            f"whole model fp32, {name}: with {what} / without",
+            partial(whole_step, model, losses, rows),
+            partial(whole_step, model),
+        )
     n = 20_000_000
     ours, other = (torch.nn.Parameter(torch.randn(n)) for _ in range(2))
     ours.grad, other.grad = torch.randn(n), torch.randn(n)

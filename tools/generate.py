@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Continue a text with the model of a bundle, as it is computed."""
+"""Continue texts with the model of a bundle: one as it is computed, several together as a batch."""
 
 import argparse
 import math
@@ -12,12 +12,13 @@ from megakexue.config import UserError, require, run_program
 
 EPILOG = """\
 The text goes to stdout, the prompt first, and what is said about it to stderr. Prompts are taken byte by byte: a
-newline at the end of one is part of it. The same seed gives the same text on the same machine. The text ends early
-where the model ends the document.
+newline at the end of one is part of it. The same seed gives the same text on the same machine, in fp32 also beside
+other prompts. The text ends early where the model ends the document.
 
 examples:
   tools/generate.py bundles/1b --prompt 'def fibonacci(n):' --n-tokens 100
   tools/generate.py bundles/1b --prompt '' --n-samples 5 --temperature 1 --top-p 1
+  tools/generate.py bundles/1b --prompt 'import ' --prompt 'The answer is' --greedy
   printf '从前有座山，' | tools/generate.py bundles/1b --greedy
 """
 
@@ -28,13 +29,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by tools/export_model.py")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; may be empty (default: read from stdin)")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file to continue")
+    prompt.add_argument(
+        "--prompt", action="append", metavar="TEXT",
+        help="text to continue; may be empty, and be given several times (default: read from stdin)",
+    )  # fmt: skip
+    prompt.add_argument("--prompt-file", action="append", type=Path, metavar="FILE", help="the same, from a file")
     parser.add_argument("--n-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-p", type=float, metavar="P", help="mass of the tokens to draw from (default: 0.95)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the first sample; the next count up (default: 0)")
-    parser.add_argument("--n-samples", type=int, metavar="K", help="continuations, one after another (default: 1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the first text; the next count up (default: 0)")
+    parser.add_argument("--n-samples", type=int, metavar="K", help="continuations of each prompt (default: 1)")
     parser.add_argument("--greedy", action="store_true", help="take the most probable token")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights (default: fp32)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU if there is one)")
@@ -55,17 +59,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_prompt(args: argparse.Namespace) -> bytes:
+def read_prompts(args: argparse.Namespace) -> list[bytes]:
     if args.prompt is not None:
-        return os.fsencode(args.prompt)
+        return [os.fsencode(text) for text in args.prompt]
     if args.prompt_file is not None:
         try:
-            return args.prompt_file.read_bytes()
+            return [path.read_bytes() for path in args.prompt_file]
         except OSError as error:
-            raise UserError(f"cannot read --prompt-file {args.prompt_file}: {error.strerror}") from error
+            raise UserError(f"cannot read --prompt-file {error.filename}: {error.strerror}") from error
     if sys.stdin.isatty():
         print("the prompt, then Ctrl-D:", file=sys.stderr)
-    return sys.stdin.buffer.read()
+    return [sys.stdin.buffer.read()]
 
 
 def write(text: bytes) -> None:
@@ -75,12 +79,13 @@ def write(text: bytes) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    prompt = read_prompt(args)
+    texts = [text for text in read_prompts(args) for _ in range(args.n_samples)]
 
     import torch  # seconds, which a mistake in the arguments should not cost
 
     from megakexue.export import Bundle
-    from megakexue.generate import complete, load_decoder
+    from megakexue.generate import complete, encode_prompt, load_decoder
+    from megakexue.model import Cache
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     bundle = Bundle(args.bundle)
@@ -91,23 +96,36 @@ def main() -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     model = load_decoder(bundle, device, dtype)
-    n_total = 1 + len(tokenizer.encode(prompt)) + args.n_tokens
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    n_total = max(map(len, prompts)) + args.n_tokens
     context = bundle.config.rope.context
     if context and n_total > context:
         print(f"warning: {n_total} tokens are more than the {context} of the model's RoPE context", file=sys.stderr)
 
+    caches = [Cache() for _ in model.blocks]
+    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "n_tokens": args.n_tokens}
     n_tokens, began = 0, time.perf_counter()
-    for seed in range(args.seed, args.seed + args.n_samples):
-        if args.n_samples > 1:
-            write(f"--- seed {seed} ---\n".encode())
-        write(prompt)
-        options = {"temperature": args.temperature, "top_p": args.top_p, "seed": seed, "n_tokens": args.n_tokens}
-        for piece in complete(model, tokenizer, prompt, **options):
-            write(piece.encode())
-            n_tokens += 1
-        write(b"\n")
+    if len(texts) == 1:
+        write(texts[0])
+    pieces: list[list[str]] = [[] for _ in texts]
+    for row in complete(model, tokenizer, texts, caches=caches, **options):
+        n_tokens += sum(piece is not None for piece in row)
+        for piece, whole in zip(row, pieces, strict=True):
+            whole.append(piece or "")
+        if len(texts) == 1:
+            write((row[0] or "").encode())
     seconds = time.perf_counter() - began
-    print(f"{n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    if len(texts) == 1:
+        write(b"\n")
+    else:
+        for i, (text, whole) in enumerate(zip(texts, pieces, strict=True)):
+            of = f"prompt {i // args.n_samples + 1}, " if len(texts) > args.n_samples else ""
+            write(f"--- {of}seed {args.seed + i} ---\n".encode() + text + "".join(whole).encode() + b"\n")
+    n_bytes = sum(cache.bytes_per_token for cache in caches)
+    print(
+        f"{n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s; {n_bytes:,} bytes of cache a token",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":
