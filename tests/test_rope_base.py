@@ -81,7 +81,7 @@ def test_a_config(tool) -> None:
     out = tool(*width, "--config", config)[1]
     assert "base          977000         valid: serves" in out and "WARNING" not in out
     # an extension keeps the base of the trained context
-    extension = ["model.rope.extension=ntk", "model.rope.trained_context=1024"]
+    extension = ["model.rope.extension=ntk", "model.rope.trained_context=1024", "train.init_from=bundle"]
     out = tool("--config", config, *width, *extension)[1]
     assert "32 rotated pairs, 1024 tokens" in out
     assert "base          23100          valid" in out
