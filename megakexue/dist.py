@@ -93,8 +93,21 @@ def gather(own: dict[str, Any]) -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def device() -> torch.device:
-    """The device of this rank: its own GPU, or the CPU."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that configs and programs take."""
+
+
+def device(name: str | None = None) -> torch.device:
+    """Return the device of this rank, its own GPU or the CPU; or the one that a program's --device names.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is not None:
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if torch.cuda.is_available():
         return torch.device("cuda", read_ranks().local_rank)
     return torch.device("cpu")

@@ -36,8 +36,6 @@ from megakexue.guard import Guard, Status
 from megakexue.model import Decoder, axes, shape
 from megakexue.optim import MOMENTS, AdamW, Segment, clip_factor, parameter_groups
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -106,7 +104,7 @@ class Engine:
         import deepspeed
 
         self.config, self.ranks, self.device = config, ranks, dist.device()
-        self.dtype = DTYPES[config.engine.dtype]
+        self.dtype = dist.DTYPES[config.engine.dtype]
         self.guard = Guard(config.guard, config.engine.dtype)
         self.n_micro_batches = config.train.n_micro_batches(ranks.world_size)
         self.deepspeed_config = deepspeed_config(config, self.n_micro_batches)

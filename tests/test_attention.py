@@ -373,6 +373,8 @@ def assert_near_reference(
     try:
         choose_backend(backend, "cuda", q.dtype, q.shape[3], v.shape[3], q.shape[1])
     except UserError as error:
+        # widths and dtypes that a kernel does not take, or a GPU too old for it, are no failure; flash-attn is optional
+        assert backend == "flash" or "takes" in str(error) or "compute capability" in str(error), error
         pytest.skip(str(error))
     positions, cu_seqlens = documents(*rows)
     layout = Layout(positions.cuda(), cu_seqlens.cuda() if is_packed else None)

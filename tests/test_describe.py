@@ -111,6 +111,10 @@ def test_the_program() -> None:
     for arguments, message in [
         (["configs/none.yaml"], "error: no config file configs/none.yaml: the shipped ones are in configs/"),
         ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "0"], "error: --ranks 0 must be positive"),
+        (
+            [str(ROOT / "configs" / "tiny_gqa.yaml"), "model.n_heads=64"],
+            "tiny_gqa.yaml: no RoPE base satisfies the boun",
+        ),
         ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "7"], "must be a multiple of train.micro_batch_size=4 times"),
     ]:
         done = program(*arguments)

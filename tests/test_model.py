@@ -274,23 +274,25 @@ def llama_of(model: Decoder) -> torch.nn.Module:
         rms_norm_eps=c.norm_eps, tie_word_embeddings=False, attn_implementation="eager",
     )).double()  # fmt: skip
     own = dict(model.named_parameters())
-    names = {"model.embed_tokens.weight": own["embedding.weight"] * c.embed_scale,  # type: ignore[operator]
-             "model.norm.weight": own["norm.gain"], "lm_head.weight": own["head.weight"]}  # fmt: skip
+    names = common_names(c, own)
     for i in range(c.n_layers):
         ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
         names |= {f"{theirs}self_attn.{x}_proj.weight": own[f"{ours}attention.w{x}"] for x in "qkvo"}
-        names |= block_names(ours, theirs, own)
     other.load_state_dict(names)
     return other
 
 
-def block_names(ours: str, theirs: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"{theirs}mlp.{x}_proj.weight": own[f"{ours}feed_forward.w_{x}"] for x in ("gate", "up", "down")
-    } | {
-        f"{theirs}input_layernorm.weight": own[f"{ours}attention_norm.gain"],
-        f"{theirs}post_attention_layernorm.weight": own[f"{ours}feed_forward_norm.gain"],
-    }  # fmt: skip
+def common_names(config: ModelConfig, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What both of transformers' models call alike: all but attention."""
+    assert config.embed_scale is not None
+    names = {"model.embed_tokens.weight": own["embedding.weight"] * config.embed_scale,
+             "model.norm.weight": own["norm.gain"], "lm_head.weight": own["head.weight"]}  # fmt: skip
+    for i in range(config.n_layers):
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        names |= {f"{theirs}mlp.{x}_proj.weight": own[f"{ours}feed_forward.w_{x}"] for x in ("gate", "up", "down")}
+        names[f"{theirs}input_layernorm.weight"] = own[f"{ours}attention_norm.gain"]
+        names[f"{theirs}post_attention_layernorm.weight"] = own[f"{ours}feed_forward_norm.gain"]
+    return names
 
 
 def deepseek_of(model: Decoder) -> torch.nn.Module:
@@ -307,13 +309,12 @@ def deepseek_of(model: Decoder) -> torch.nn.Module:
         rope_interleave=False, tie_word_embeddings=False, attn_implementation="eager",
     )).double()  # fmt: skip
     own = dict(model.named_parameters())
-    names = {"model.embed_tokens.weight": own["embedding.weight"] * c.embed_scale,  # type: ignore[operator]
-             "model.norm.weight": own["norm.gain"], "lm_head.weight": own["head.weight"]}  # fmt: skip
+    names = common_names(c, own)
     for i in range(c.n_layers):
         ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
         mine = {name: own[f"{ours}attention.{name}"] for name in ("wkv_down", "wk_rope", "wk_up", "wv_up", "wo")}
         up = [mine[name].view(c.n_heads, -1, mla.d_latent) for name in ("wk_up", "wv_up")]
-        names |= block_names(ours, theirs, own) | {
+        names |= {
             f"{theirs}self_attn.kv_a_proj_with_mqa.weight": torch.cat([mine["wkv_down"], mine["wk_rope"]]),
             f"{theirs}self_attn.kv_a_layernorm.weight": own[f"{ours}attention.kv_norm.gain"],
             f"{theirs}self_attn.kv_b_proj.weight": torch.cat(up, dim=1).flatten(0, 1),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import DataConfig, SourceConfig, UserError, read_json, require, run_program
+from megakexue.config import DataConfig, SourceConfig, read_json, require, run_program
 from megakexue.config import sha256 as sha256_of
 
 BATCH_TOKENS = 4096  # whose logits exist at a time; a longer row goes alone
@@ -82,8 +82,7 @@ def read_manifest(data: Path, split: str, tokenizer_sha256: str, bundle: Path) -
 def main() -> None:
     args = parse_arguments()
 
-    import torch  # seconds, which a mistake in the arguments should not cost
-
+    # seconds of imports, which a mistake in the arguments should not cost
     from megakexue import dist
     from megakexue.attention import choose_backend
     from megakexue.data import Batches
@@ -98,13 +97,7 @@ def main() -> None:
     n_rows = min(n_rows, args.n_rows or n_rows)
     context = bundle.config.rope.context or seq_len
     bundle.config, backend_setting = changed(bundle.config, args.set)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    try:
-        device = torch.device(args.device) if args.device else None
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    device = device or dist.device()
+    device, dtype = dist.device(args.device), dist.DTYPES[args.dtype]
     widths = bundle.config.head_width, bundle.config.value_width
     backend, _ = choose_backend(backend_setting, device.type, dtype, *widths, seq_len)
     model = load_decoder(bundle, device, dtype, backend)

@@ -36,7 +36,7 @@ def main() -> None:
 
     # seconds of imports, which a mistake in the arguments should not cost
     from megakexue.describe import n_parameters
-    from megakexue.engine import DTYPES
+    from megakexue.dist import DTYPES
     from megakexue.export import Bundle, export_run
 
     export_run(args.run, args.out, step=args.step, dtype=DTYPES[args.dtype], overwrite=args.overwrite)

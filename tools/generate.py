@@ -81,21 +81,15 @@ def main() -> None:
     args = parse_arguments()
     texts = [text for text in read_prompts(args) for _ in range(args.n_samples)]
 
-    import torch  # seconds, which a mistake in the arguments should not cost
-
+    # seconds of imports, which a mistake in the arguments should not cost
+    from megakexue import dist
     from megakexue.export import Bundle
     from megakexue.generate import complete, encode_prompt, load_decoder
     from megakexue.model import Cache
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     bundle = Bundle(args.bundle)
     tokenizer = bundle.load_tokenizer()
-    try:
-        device = torch.device(args.device) if args.device else None
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    model = load_decoder(bundle, device, dtype)
+    model = load_decoder(bundle, dist.device(args.device), dist.DTYPES[args.dtype])
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     n_total = max(map(len, prompts)) + args.n_tokens
     context = bundle.config.rope.context

@@ -5,7 +5,6 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -86,44 +85,31 @@ def plot(d_rotary: int, context: int, n_unrotated: int, base: float | None, out:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style: Any = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "0.6",
-        "axes.grid": True,
-        "grid.color": "0.92",
-        "axes.axisbelow": True,
-        "xtick.color": "0.3",
-        "ytick.color": "0.3",
-        "legend.frameon": False,
-    }
     curves = {
         "smallest": smallest_base(d_rotary, context, n_unrotated),
         "safe": safe_base(d_rotary, context, n_unrotated),
     }
     if base is not None:
         curves["given"] = base
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-        for index, (name, value) in enumerate(curves.items()):
-            f = rotary_sum(value, d_rotary, context) + n_unrotated
-            violation = first_violation(value, d_rotary, context, n_unrotated)
-            label = f"{name} {value:.10g}" + (f": below 0 at {violation}" if violation is not None else "")
-            width = -(-context // N_LOWEST)
-            starts = np.arange(0, context, width)
-            axes.plot(f, color=f"C{index}", linewidth=0.5, alpha=0.25)
-            axes.plot(starts, np.minimum.reduceat(f, starts), color=f"C{index}", linewidth=1.4, label=label)
-            if violation is not None:
-                axes.plot(violation, f[violation], "o", color=f"C{index}", markersize=5, markeredgecolor="white")
-        axes.axhline(0, color="0.2", linewidth=1)
-        axes.set_xlabel("distance m (tokens)")
-        axes.set_ylabel(r"$f_b(m) = \sum_i \cos(m\,b^{-2i/d})$" + (f" + {n_unrotated}" if n_unrotated else ""))
-        axes.margins(x=0.01)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3)
-        temporary = out.with_name(out.name + ".tmp")
-        figure.savefig(temporary, format="png", dpi=150)
-        plt.close(figure)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for index, (name, value) in enumerate(curves.items()):
+        f = rotary_sum(value, d_rotary, context) + n_unrotated
+        violation = first_violation(value, d_rotary, context, n_unrotated)
+        label = f"{name} {value:.10g}" + (f": below 0 at {violation}" if violation is not None else "")
+        width = -(-context // N_LOWEST)
+        starts = np.arange(0, context, width)
+        axes.plot(f, color=f"C{index}", linewidth=0.5, alpha=0.25)
+        axes.plot(starts, np.minimum.reduceat(f, starts), color=f"C{index}", linewidth=1.4, label=label)
+        if violation is not None:
+            axes.plot(violation, f[violation], "o", color=f"C{index}", markersize=5, markeredgecolor="white")
+    axes.axhline(0, color="0.2", linewidth=1)
+    axes.set_xlabel("distance m (tokens)")
+    axes.set_ylabel(r"$f_b(m) = \sum_i \cos(m\,b^{-2i/d})$" + (f" + {n_unrotated}" if n_unrotated else ""))
+    axes.margins(x=0.01)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3)
+    temporary = out.with_name(out.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
     os.replace(temporary, out)
     print(f"wrote {out}")
 
