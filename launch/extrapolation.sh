@@ -36,7 +36,7 @@ for seed in "${seeds[@]}"; do
         DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} run launch/train.py configs/tiny_gqa.yaml \
             "data.sources=[{path: $out/data}]" data.tokenizer=$out/tokenizer.model train.run=$out/${scale}_$seed \
             model.attention.scale=$scale train.seed=$seed data.shuffle_seed=$seed train.steps=600 \
-            train.micro_batch_size=16 optim.warmup_steps=50 checkpoint.every_steps=200 evaluate.every_steps=null \
+            train.micro_batch_size=16 optim.name=adamw optim.lr=3e-3 optim.warmup_steps=50 checkpoint.every_steps=200 evaluate.every_steps=null \
             metrics.every_steps=10 2>&1 | grep --line-buffered -v '\[INFO\]\|\[WARNING\]'
         [ -d $out/bundles/${scale}_$seed ] || run tools/export_model.py $out/${scale}_$seed --out $out/bundles/${scale}_$seed
     done

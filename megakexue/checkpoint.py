@@ -44,11 +44,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def save(checkpoints: Path, engine: Engine, trainer: dict[str, Any], *, step: int, keep_last: int) -> Path:
+def save(
+    checkpoints: Path, engine: Engine, trainer: dict[str, Any], own: dict[str, Tensor] | None = None, *, step: int,
+    keep_last: int,
+) -> Path:  # fmt: skip
     """Write the checkpoint of `step`, on all ranks together, and remove all but the newest `keep_last`.
 
     Args:
         trainer: JSON values, the same on every rank.
+        own: more tensors of this rank, by names without a slash.
     """
     ranks = engine.ranks
     final = checkpoints / f"step_{step:08d}"
@@ -59,8 +63,8 @@ def save(checkpoints: Path, engine: Engine, trainer: dict[str, Any], *, step: in
             shutil.rmtree(leftover)
         folder.mkdir()
     dist.barrier()
-    tensors = {f"rng/{name}": state for name, state in _random_state().items()}
-    for i, (segment, views) in enumerate(engine.state_tensors(engine.state_kinds)):
+    tensors = {f"rng/{name}": state for name, state in _random_state().items()} | (own or {})
+    for i, (segment, views) in enumerate(engine.state_tensors()):
         if engine.is_sharded or i % ranks.world_size == ranks.rank:
             # copies, since safetensors refuses views that share storage
             for kind, view in views.items():
@@ -203,13 +207,20 @@ def load(folder: Path, engine: Engine, check: Callable[[dict[str, Any]], None]) 
     """
     trainer = read_json(folder / "trainer.json", "the trainer's state")
     check(trainer)
-    reader = Reader(folder)
-    engine.load(reader.read, engine.state_kinds)
-    engine.optimizer.n_updates = trainer["n_updates"]
+    restore(folder, engine)
     engine.guard.load_state_dict(trainer["guard"])
+    return trainer
+
+
+def restore(folder: Path, engine: Engine) -> None:
+    """Put weights, optimizer, random state and the guard's window back; its counts and loss scale go on."""
+    trainer = read_json(folder / "trainer.json", "the trainer's state")
+    reader = Reader(folder)
+    engine.load(reader.read, with_state=True)
+    engine.optimizer.n_updates = trainer["n_updates"]
+    engine.guard.load_window(trainer["guard"])
     reader.restore_random_state(engine.ranks.rank)
     engine.check_weights()
-    return trainer
 
 
 def _random_state() -> dict[str, Tensor]:

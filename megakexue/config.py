@@ -193,6 +193,8 @@ class ModelConfig:
     """None: from the recipe. Written as a number into a bundle, since growth must keep it."""
     branch_gain: float | None = None
     """Gain of a whole residual branch at initialisation; None: from the recipe."""
+    gain_centre: float = 1.0
+    """What the gains of norms start at, and what the guard's shrink draws them to; growth changes it."""
     embed_scale: float | None = None
     """Multiplies the embedding rows; None: sqrt(d_model), which starts the stream at RMS 1."""
     logit_scale: float | None = None
@@ -243,7 +245,7 @@ class ModelConfig:
             f"model.rope.extension=yarn and model.attention.scale={self.attention.scale} are both temperatures of the "
             "softmax: set model.rope.yarn_temperature=false for the second alone, or true for their product",
         )
-        for name in ("norm_eps", "residual_alpha", "branch_gain", "embed_scale", "logit_scale"):
+        for name in ("norm_eps", "gain_centre", "residual_alpha", "branch_gain", "embed_scale", "logit_scale"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"model.{name}={value} must be positive")
         require(
@@ -356,14 +358,31 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    name: Literal["adamw"] = "adamw"
-    lr: float = 3e-4
-    """Peak learning rate, which the schedule's factor multiplies."""
-    beta1: float = 0.9
-    beta2: float = 0.95
+    name: Literal["tiger", "lion", "adamw"] = "tiger"
+    lr: float | None = None
+    """Peak learning rate, which the schedule's factor multiplies. For tiger it is relative: a matrix moves by
+    lr RMS(matrix) in each element, a gain by lr / 2 (9512). None: tiger 1e-3, lion and adamw 3e-4."""
+    beta1: float | None = None
+    """None: tiger 0.965, which is its only beta; lion 0.95; adamw 0.9."""
+    beta2: float | None = None
+    """None: lion 0.98, adamw 0.95."""
     eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Decoupled, on matrices and embeddings; gains are never decayed."""
+    """Of adamw, and of `embedding: adamw`."""
+    weight_decay: float | None = None
+    """Decoupled, on matrices and embeddings; gains are never decayed. None: tiger and lion 0.01, adamw 0.1."""
+    rms_floor: float = 1e-3
+    """tiger: the least RMS that a matrix or row counts with, so that one that is all zero learns."""
+    embedding: Literal["lazy", "dense", "adamw"] | None = None
+    """How tiger and lion move the input embedding, whose rare rows would drift to 1 / weight_decay (9736).
+    lazy: a row moves only in steps that gave it a gradient; dense: as any other; adamw: by AdamW with betas of 0.9 and
+    0.95. None: lazy, and dense when it is tied to the head, which gives every row a gradient."""
+    embedding_lr: float | None = None
+    """Peak learning rate of `embedding: adamw`. None: lr."""
+    accumulate: Literal["gradient", "momentum"] = "gradient"
+    """gradient: micro-batches are added up in a gradient of the training dtype. momentum (tiger): in its momentum, in
+    fp32 and with no other buffer (8634); `clip` then applies to each micro-batch."""
+    momentum_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of tiger's momentum."""
     schedule: Literal["cosine", "wsd", "piecewise"] = "cosine"
     """After warmup. cosine: to final_lr at train.steps; wsd: constant, then linear over decay_steps;
     piecewise: linear through `points`, constant after the last (9512)."""
@@ -379,11 +398,37 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            require(0 < getattr(self, name) < math.inf, f"optim.{name}={getattr(self, name)} must be positive")
-        require(0 <= self.weight_decay < math.inf, f"optim.weight_decay={self.weight_decay} must not be negative")
+        for name in ("lr", "eps", "rms_floor", "embedding_lr"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"optim.{name}={value} must be positive")
+        decay = self.weight_decay
+        require(decay is None or 0 <= decay < math.inf, f"optim.weight_decay={decay} must not be negative")
         for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)} must be in [0, 1)")
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, f"optim.{name}={value} must be in [0, 1)")
+        require(
+            self.name != "tiger" or self.beta2 is None,
+            f"optim.beta2={self.beta2} has no effect with optim.name=tiger, whose one beta is optim.beta1: "
+            "leave it null",
+        )
+        require(
+            self.name != "adamw" or self.embedding is None,
+            f"optim.embedding={self.embedding} has no effect with optim.name=adamw: leave it null",
+        )
+        require(
+            self.embedding == "adamw" or self.embedding_lr is None,
+            f"optim.embedding_lr={self.embedding_lr} has no effect with optim.embedding={self.embedding}: use adamw",
+        )
+        for name, default in (("accumulate", "gradient"), ("momentum_dtype", "fp32"), ("rms_floor", 1e-3)):
+            value = getattr(self, name)
+            require(
+                self.name == "tiger" or value == default,
+                f"optim.{name}={value} is for optim.name=tiger, not {self.name}: leave it at {default}",
+            )
+        require(
+            self.accumulate == "gradient" or self.embedding != "adamw",
+            "optim.embedding=adamw needs the whole gradient: set optim.accumulate=gradient",
+        )
         require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive; optim.clip=null turns it off")
         require(0 <= self.final_lr <= 1, f"optim.final_lr={self.final_lr} is a factor: it must be in [0, 1]")
         require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
@@ -408,13 +453,38 @@ class OptimConfig:
             "wsd needs it, the others do not use it",
         )
 
+    def resolved(self, tie_embeddings: bool) -> "OptimConfig":
+        """Return the config with every number that `None` leaves to the optimizer."""
+        lr, beta1, beta2, decay = {
+            "tiger": (1e-3, 0.965, None, 0.01),
+            "lion": (3e-4, 0.95, 0.98, 0.01),
+            "adamw": (3e-4, 0.9, 0.95, 0.1),
+        }[self.name]
+        values: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": decay}
+        if self.name != "adamw":
+            values["embedding"] = "dense" if tie_embeddings else "lazy"
+        if self.embedding == "adamw":
+            values["embedding_lr"] = self.lr or lr
+        return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    """What all ranks do together when the loss or a gradient is not finite on any of them."""
+    on_nonfinite: Literal["shrink", "skip", "stop", "rollback"] = "skip"
+    """What all ranks do together when the loss or a gradient is not finite on any of them.
+    shrink: tensors with such a gradient go a little towards their centre, the others move on (9512); skip: nothing
+    changes; stop: nothing changes and the run ends; rollback: back to the last checkpoint's weights, with the batches
+    since then left out. A gradient that overflows fp16 while the loss is finite is the loss scale's fault: skipped."""
+    shrink_ratio: float = 0.99
+    """shrink: w becomes (w - c) shrink_ratio + c, where c is 1 for gains and 0 for the rest (9512)."""
+    on_spike: Literal["log", "skip", "rollback"] | None = "log"
+    """What happens when loss or gradient norm is far above the last `spike_window` steps. log: a warning."""
+    spike_sigmas: float = 6.0
+    """How far: above the median by so many standard deviations, which 1.4826 median deviations stand for."""
+    spike_window: int = 128
+    """Steps that a step is compared with; none is called a spike before half of them are there."""
     max_bad_steps: int = 20
-    """So many bad steps in a row stop the run."""
+    """So many steps in a row that were not applied stop the run."""
     initial_loss_scale: float = 65536.0
     """fp16 only: doubled after `loss_scale_window` good steps, halved at a bad one."""
     loss_scale_window: int = 1000
@@ -426,6 +496,14 @@ class GuardConfig:
             f"guard.initial_loss_scale={self.initial_loss_scale} must be a power of two, so that unscaling is exact",
         )
         require(self.loss_scale_window > 0, f"guard.loss_scale_window={self.loss_scale_window} must be positive")
+        require(0 < self.shrink_ratio < 1, f"guard.shrink_ratio={self.shrink_ratio} must be in (0, 1)")
+        require(
+            self.on_nonfinite == "shrink" or self.shrink_ratio == 0.99,
+            f"guard.shrink_ratio={self.shrink_ratio} has no effect with guard.on_nonfinite={self.on_nonfinite}: "
+            "use shrink",
+        )
+        require(0 < self.spike_sigmas < math.inf, f"guard.spike_sigmas={self.spike_sigmas} must be positive")
+        require(self.spike_window >= 8, f"guard.spike_window={self.spike_window} must be at least 8, for a median")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,11 +511,15 @@ class MetricsConfig:
     every_steps: int = 1
     """A status line and a record in metrics.jsonl every so many steps."""
     tensorboard: bool = True
+    statistics_every_steps: int | None = 100
+    """Every so many steps: weight, update, their directions and the gradient's, for each tensor. None: off."""
     peak_tflops: float | None = None
     """What MFU is measured against, for one device. None: the data sheet of a known GPU; on CPU a measured matmul."""
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, f"metrics.every_steps={self.every_steps} must be positive")
+        every = self.statistics_every_steps
+        require(every is None or every > 0, f"metrics.statistics_every_steps={every} must be positive, or null for off")
         require(
             self.peak_tflops is None or self.peak_tflops > 0,
             f"metrics.peak_tflops={self.peak_tflops} must be positive, or null",
@@ -557,6 +639,16 @@ class Config:
             not self.loss.emo or self.train.init_from is not None,
             "loss.emo=true needs a trained head (9797), and train.init_from is null: train without it first, then "
             "start from the exported bundle",
+        )
+        require(
+            self.optim.embedding is None or self.optim.embedding == "dense" or not self.model.tie_embeddings,
+            f"optim.embedding={self.optim.embedding} does not fit model.tie_embeddings=true, where every row has a "
+            "gradient in every step: leave it null",
+        )
+        require(
+            self.optim.accumulate == "gradient" or self.guard.on_spike != "skip",
+            "guard.on_spike=skip does not fit optim.accumulate=momentum, whose momentum holds the batch before its "
+            "loss is known: use rollback or log",
         )
         require(
             self.optim.warmup_steps <= self.train.steps,

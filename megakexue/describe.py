@@ -16,8 +16,8 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from megakexue.config import Config, ModelConfig
-from megakexue.model import AXES, entries, shape
-from megakexue.optim import MOMENTS
+from megakexue.model import AXES, axes, entries, parameter_names, shape
+from megakexue.optim import state_dtypes
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -65,8 +65,8 @@ def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
     """Return bytes on each rank of weights, gradients, fp32 masters and optimizer state, by the ZeRO stage.
 
     ZeRO splits optimizer state and masters from stage 1 on, gradients from 2, weights from 3. In fp32, stage 0 trains
-    the weights themselves and has no masters. Communication buckets, activations, an fp32 copy of the rank's gradients
-    during the optimizer's step, and with `loss.emo` a whole head on every rank come on top.
+    the weights themselves and has no masters. Communication buckets, activations, and with `loss.emo` a whole head on
+    every rank come on top.
     """
     n, stage = n_parameters(config.model), config.engine.zero_stage
     width = 4 if config.engine.dtype == "fp32" else 2
@@ -74,12 +74,17 @@ def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
     def split(from_stage: int) -> int:
         return world_size if stage >= from_stage else 1
 
+    state = sum(
+        dtype.itemsize * math.prod(shape(name, config.model))
+        for name in parameter_names(config.model)
+        for dtype in state_dtypes(config.optim, axes(name).role).values()
+    )
     masters = 0 if stage == 0 and config.engine.dtype == "fp32" else 4 * n
     return {
         "weights": width * n // split(3),
         "gradients": width * n // split(2),
         "masters": masters // split(1),
-        "optimizer": 4 * n * len(MOMENTS[config.optim.name]) // split(1),
+        "optimizer": state // split(1),
     }
 
 

@@ -1,27 +1,31 @@
 """The only file that knows DeepSpeed: build, forward and backward, step, and the segment table for every stage.
 
 What DeepSpeed does for us: it holds weights, gradients and masters as the ZeRO stage says, reduces gradients, and
-gathers weights. What it must not do, and is told not to: check for non-finite values, scale the loss, clip, or drive
-the learning rate. It would do each of them differently by stage and precision, and in silence; they are ours
-(megakexue/guard.py, megakexue/optim.py).
+gathers weights. What it must not do, and cannot, since its own step is replaced: check for non-finite values, scale the
+loss, clip, drive the learning rate, or move weights. It would do each of them differently by stage and precision, and
+in silence; they are ours (megakexue/guard.py, megakexue/optim.py).
 
 One step:
     1. the global number of target tokens is known before the first backward, so the loss of each micro-batch is its
        sum times loss_scale * world_size / n_targets (DeepSpeed averages over ranks);
-    2. after the last backward one all-reduce gives every rank the same loss and gradient norm, in float64, so that
-       neither depends on how ZeRO cut the tensors;
-    3. the guard decides; the optimizer is told the decision and one factor (unscaling and clipping);
-    4. DeepSpeed's step runs in either case: with a decision of `skipped` it finds the masters unchanged, and clears
-       its own gradient state in its own way.
+    2. after the last backward one all-reduce gives every rank the same loss, and of every parameter the square of the
+       gradient's norm and Tiger's sums, in float64, so that none depends on how ZeRO cut the tensors;
+    3. the guard decides from them, before anything has changed; the optimizer moves the masters, or does not;
+    4. DeepSpeed's gradients are cleared, and its weights are the masters, cast, again.
+With `optim.accumulate: momentum` 2 happens after each backward, and the gradient goes into the momentum where it is
+finite, which is decided on the device.
 
 What must stay true: every element of every parameter is in exactly one segment over all ranks (stage 0: on every
 rank); masters are float32; module weights are the masters, cast, after every load and every step.
 """
 
+import atexit
+import gc
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -33,8 +37,8 @@ from megakexue.attention import choose_backend
 from megakexue.config import Config, EngineConfig
 from megakexue.data import Batch
 from megakexue.guard import Guard, Status
-from megakexue.model import Decoder, axes, shape
-from megakexue.optim import MOMENTS, AdamW, Segment, clip_factor, parameter_groups
+from megakexue.model import Decoder, axes, centre, parameter_names, shape
+from megakexue.optim import N_STATISTICS, Optimizer, Segment, Sums, clip_factor, cut_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,29 @@ class StepResult:
     loss: float
     """Mean cross-entropy over the target tokens of all ranks, in nats, without z-loss or EMO."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping. With `optim.accumulate: momentum`, the root mean square of the micro-batches' own."""
     n_targets: int
     status: Status
-    bad_ranks: list[int]
+    note: str | None
+    """What the guard has to say about this step."""
+    bad_ranks: list[int] = field(default_factory=list)
     """Ranks whose own loss was not finite."""
+    bad_tensors: list[str] = field(default_factory=list)
+    """Parameters whose gradient was not finite, in the model's order."""
+    statistics: dict[str, list[float]] | None = None
+    """Where asked for: the sums of `optim.N_STATISTICS` of each parameter."""
+    n_drifting_rows: int = 0
+    """Where statistics were asked for: see `Optimizer.n_drifting_rows`."""
+
+
+class _NoOptimizer(torch.optim.Optimizer):
+    """What DeepSpeed is told the optimizer is: it holds the parameters, and its step does nothing."""
+
+    def __init__(self, parameters: Iterator[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
 
 
 def start(config: EngineConfig) -> dist.Ranks:
@@ -71,6 +93,9 @@ def start(config: EngineConfig) -> dist.Ranks:
     else:
         torch.cuda.set_device(dist.device())
     deepspeed.init_distributed(timeout=timedelta(seconds=config.timeout_s), verbose=False)
+    # a garbage collection need not look at what is imported: stage 3 collects when it starts, which took a second
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries complain that their objects outlive the interpreter
     return dist.read_ranks()
 
 
@@ -86,7 +111,8 @@ def deepspeed_config(config: Config, n_micro_batches: int) -> dict[str, Any]:
         zero |= {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket // 10}
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": n_micro_batches,
+        # absorbed into the momentum, each micro-batch is reduced as a step of its own
+        "gradient_accumulation_steps": 1 if config.optim.accumulate == "momentum" else n_micro_batches,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
@@ -122,15 +148,19 @@ class Engine:
             module = Decoder(config.model, backend)
         named = [(name, p) for name, p in module.named_parameters()]
         self._names = {id(p): name for name, p in named}
-        groups = parameter_groups(named, config.optim, {name: axes(name).role for name, _ in named})
-        self.optimizer = AdamW(groups, config.optim)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self.deepspeed_config)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=_NoOptimizer(module.parameters()), config=self.deepspeed_config
+        )
         self.module: Decoder = self._engine.module
         self.flats: list[Tensor] = []
-        """This rank's flat float32 masters, the very tensors that the optimizer keys its state by."""
+        """This rank's flat float32 masters."""
         self.segments: list[Segment] = []
         self._find_segments()
-        self._silence_overflow_checks()
+        self._engine.optimizer.step = self._clear_gradients
+        masters = [segment.of(self.flats[segment.flat]) for segment in self.segments]
+        of_ranks = dist.gather({str(ranks.rank): cut_rows(self.segments)})
+        cut = sorted({row for rows in of_ranks.values() for row in rows})
+        self.optimizer = Optimizer(config.optim, self.segments, masters, parameter_names(config.model), cut)
         self.emo_rows: Tensor | None = None
         """With `loss.emo`: the rows of the head that training started from, of length 1."""
 
@@ -144,7 +174,7 @@ class Engine:
     def _find_segments(self) -> None:
         """Fill `flats` and `segments`, by where DeepSpeed put each parameter."""
         inner = self._engine.optimizer
-        if inner is self.optimizer:  # stage 0, fp32: the parameters themselves
+        if isinstance(inner, _NoOptimizer):  # stage 0, fp32: the parameters themselves
             for group in inner.param_groups:
                 for p in group["params"]:
                     self._add_segment(p, 0, p.numel(), len(self.flats), 0)
@@ -185,56 +215,35 @@ class Engine:
         )  # fmt: skip
         self.segments.append(segment)
 
-    def _silence_overflow_checks(self) -> None:
-        """Switch off what no config key switches off: checks after which a step is dropped without a word."""
-        inner = self._engine.optimizer
-        if hasattr(inner, "check_grad_overflow"):  # stages 1, 2 in fp16
-            inner.check_grad_overflow = False
-        if hasattr(inner, "fp32_groups"):  # stage 0 in half precision: its step is these lines and the checks
-
-            def step() -> None:
-                pairs = [pair for groups in zip(inner.fp16_groups, inner.fp32_groups) for pair in zip(*groups)]
-                for weight, master in pairs:
-                    master.grad = weight.grad.float()
-                self.optimizer.step()
-                for weight, master in pairs:
-                    weight.data.copy_(master.data)
-                    master.grad = weight.grad = None
-
-            inner.step = step
-
-    def state_tensors(self, kinds: Iterable[str]) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
-        """Yield each segment of this rank with its views into `master` and the optimizer's state tensors."""
-        for segment in self.segments:
-            flat = self.flats[segment.flat]
-            moments = self.optimizer.moments(flat) if set(kinds) - {"master"} else {}
-            tensors = {"master": flat} | moments
-            yield segment, {kind: segment.of(tensors[kind]) for kind in kinds}
-
-    @property
-    def state_kinds(self) -> tuple[str, ...]:
-        """The names of all state tensors: the master and the optimizer's."""
-        return ("master", *MOMENTS[self.config.optim.name])
+    def state_tensors(self) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
+        """Yield each segment of this rank with its `master` and the optimizer's state tensors."""
+        for segment, master, state in zip(self.segments, self.optimizer.masters, self.optimizer.state):
+            yield segment, {"master": master} | state
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load(self, read: Callable[[str, Segment], Tensor], kinds: Iterable[str] = ("master",)) -> None:
-        """Fill the state tensors of `kinds` from `read(kind, segment)`, then the module's weights from the masters.
+    def load(self, read: Callable[[str, Segment], Tensor], *, with_state: bool = False) -> None:
+        """Fill the masters from `read("master", segment)`, then the module's weights from them.
 
         The one way to start: fresh, resumed or from a bundle. Weights put into the module itself would be reverted by
         the first step, since DeepSpeed's masters would be stale.
+
+        Args:
+            with_state: fill the optimizer's state tensors too; otherwise they stay as they are.
         """
-        for segment, views in self.state_tensors(kinds):
+        for segment, views in self.state_tensors():
             for kind, view in views.items():
-                value = read(kind, segment)
-                assert value.numel() == segment.numel, f"{kind} of {segment} was given {value.numel()} elements"
-                view.copy_(value.reshape(-1))
+                if kind == "master" or with_state:
+                    value = read(kind, segment)
+                    assert value.numel() == segment.numel, f"{kind} of {segment} was given {value.numel()} elements"
+                    view.copy_(value.reshape(-1))
+        self.optimizer.masters_changed()
         self._refresh_module()
 
     def _refresh_module(self) -> None:
         inner = self._engine.optimizer
-        if inner is self.optimizer:
+        if isinstance(inner, _NoOptimizer):
             return
         if hasattr(inner, "fp32_groups"):
             for weights, masters in zip(inner.fp16_groups, inner.fp32_groups):
@@ -274,38 +283,111 @@ class Engine:
 
     # --- one optimizer step ----------------------------------------------------------------------------------------
 
-    def train_step(self, batches: list[Batch], lr: float, step: int) -> StepResult:
-        """Take the micro-batches of one optimizer step, and apply the update unless the guard says otherwise."""
+    def train_step(self, batches: list[Batch], lr: float, step: int, *, statistics: bool = False) -> StepResult:
+        """Take the micro-batches of one optimizer step, and do what the guard says."""
         assert len(batches) == self.n_micro_batches
         self._engine.train()
+        names, in_momentum = self.optimizer.names, self.config.optim.accumulate == "momentum"
         counts = torch.tensor(sum(batch.n_targets for batch in batches), dtype=torch.float64, device=self.device)
         # stays on the device, so that the forward pass need not wait for the number
         n_targets = dist.sum_over_ranks(counts).clamp(min=1)
-        scale = (self.guard.loss_scale * self.ranks.world_size / n_targets).float()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss_scale = self.guard.loss_scale
+        scale = (loss_scale * self.ranks.world_size / n_targets).float()
+        own_loss, loss = torch.zeros(2, dtype=torch.float64, device=self.device)
+        squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        is_bad = torch.zeros(len(names), dtype=torch.bool, device=self.device)
         for i, batch in enumerate(batches):
             losses = self._engine(
                 *self._inputs(batch), gradient_scale=scale, loss=self.config.loss, emo_rows=self.emo_rows
             )
             self._engine.backward(losses.objective * scale, scale_wrt_gas=False)
-            loss_sum += losses.cross_entropy
-            if i < len(batches) - 1:
-                self._engine.step()  # counts the micro-step; the update is below
-        numbers = torch.stack([loss_sum, self._squared_norm()])
-        loss_total, squares, count = torch.cat([dist.sum_over_ranks(numbers), n_targets[None]]).tolist()
-        loss_scale = self.guard.loss_scale
-        loss_mean, grad_norm = loss_total / count, squares**0.5 / loss_scale
+            own_loss += losses.cross_entropy
+            is_last = i == len(batches) - 1
+            gradients: list[Tensor] = []
+            if in_momentum or is_last:
+                gradients = self._gradients()
+                sums = self.optimizer.gradient_sums(gradients)
+                weights = self.optimizer.weight_sums() if is_last else None
+                new_loss = self._add_over_ranks(losses.cross_entropy if in_momentum else own_loss, sums, weights)
+                # of the mean gradient, as far as these micro-batches show it
+                new_squares = sums.total[: len(names)] * (len(batches) ** 2 if in_momentum else 1)
+                is_good = self._is_good(new_loss, new_squares)
+                factor = self._gradient_factor(new_squares, is_good)
+                if in_momentum:
+                    self.optimizer.absorb(gradients, sums, factor, is_good)
+                loss += new_loss
+                squares += new_squares / (len(batches) if in_momentum else 1)
+                is_bad |= ~is_good
+            if not is_last:
+                del gradients
+                self._engine.step()  # counts the micro-step, and clears a gradient that the momentum has
+        loss_total, count, *numbers = torch.cat([loss[None], n_targets[None], squares, is_bad]).tolist()
+        loss_mean, grad_norm = loss_total / count, sum(numbers[: len(names)]) ** 0.5 / loss_scale
         status = self.guard.decide(loss_mean, grad_norm, step)
-        applied = status == "applied"
-        factor = clip_factor(self.config.optim, grad_norm) / loss_scale if applied else 0.0
-        self.optimizer.prepare(is_applied=applied, lr=lr, gradient_factor=factor)
+        bad = [name for name, flag in zip(names, numbers[len(names) :]) if flag]
+        result = StepResult(
+            loss=loss_mean, grad_norm=grad_norm, n_targets=int(count), status=status, note=self.guard.note
+        )
+        if status in ("applied", "shrunk"):
+            ratio = self.config.guard.shrink_ratio
+            shrink = {name: (centre(name, self.config.model), ratio) for name in bad}
+            assert weights is not None and bool(shrink) == (status == "shrunk")
+            self.optimizer.step(
+                gradients, weights, sums, lr=lr, factor=factor, shrink=shrink, statistics=statistics and not shrink
+            )  # fmt: skip
+        else:
+            self.optimizer.end_window()
+        del gradients
         self._engine.step()
-        assert self.optimizer.has_stepped == applied, "DeepSpeed dropped a step, or took one that was to be skipped"
-        bad_ranks: list[int] = []
-        if not applied:
-            flags = dist.gather({str(self.ranks.rank): bool(loss_sum.isfinite())})
+        if status in ("applied", "shrunk"):
+            self._refresh_module()
+            if statistics and status == "applied":
+                result = self._with_statistics(result)
+        if bad or not math.isfinite(loss_mean):
+            flags = dist.gather({str(self.ranks.rank): bool(own_loss.isfinite())})
             bad_ranks = [int(rank) for rank, is_finite in flags.items() if not is_finite]
-        return StepResult(loss=loss_mean, grad_norm=grad_norm, n_targets=int(count), status=status, bad_ranks=bad_ranks)
+            result = replace(result, bad_ranks=bad_ranks, bad_tensors=bad)
+        return result
+
+    def _add_over_ranks(self, loss: Tensor, sums: Sums, weights: Sums | None) -> Tensor:
+        """Add up the loss and the sums of all ranks in one all-reduce; return the loss."""
+        both = [sums, weights] if weights is not None else [sums]
+        totals = torch.cat([s.total for s in both])
+        if not self.is_sharded and not self.ranks.is_first:
+            totals.zero_()  # every rank holds every tensor: count them once
+        loss, *totals = dist.sum_over_ranks(torch.cat([loss.double()[None], totals])).split(
+            [1] + [len(s.total) for s in both]
+        )
+        for s, total in zip(both, totals):
+            s.total = total
+        return loss[0]
+
+    def _is_good(self, loss: Tensor, squares: Tensor) -> Tensor:
+        """For each parameter, on every rank alike, whether its gradient may be used."""
+        is_good = squares.isfinite() & loss.isfinite()
+        # shrink is a matter of single tensors, unless fp16's loss scale was too large for all of them
+        if self.config.guard.on_nonfinite != "shrink" or self.guard.scales_loss:
+            is_good = is_good.all().expand_as(is_good)
+        return is_good
+
+    def _gradient_factor(self, squares: Tensor, is_good: Tensor) -> Tensor:
+        """What the gradients are multiplied with: loss scale and clipping in one, by the norm of what is used."""
+        norm = torch.where(is_good, squares, 0.0).sum().sqrt() / self.guard.loss_scale
+        return clip_factor(self.config.optim, norm) / self.guard.loss_scale
+
+    def _with_statistics(self, result: StepResult) -> StepResult:
+        sums = self.optimizer.last_statistics
+        assert sums is not None
+        # a tied embedding gets a gradient in every row
+        n = 0 if self.config.model.tie_embeddings else self.optimizer.n_drifting_rows()
+        drifting = torch.tensor([n], dtype=torch.float64, device=self.device)
+        total = torch.cat([sums.view(-1), drifting])
+        if self.is_sharded:
+            dist.sum_over_ranks(total)
+        table = total[:-1].view(-1, N_STATISTICS).tolist()
+        return replace(
+            result, statistics=dict(zip(self.optimizer.names, table)), n_drifting_rows=int(total[-1].item())
+        )  # fmt: skip
 
     @torch.no_grad()
     def evaluation_loss(self, batch: Batch) -> Tensor:
@@ -322,25 +404,29 @@ class Engine:
         boundaries = None if one_document else put(batch.cu_seqlens)
         return put(batch.tokens), put(batch.positions), boundaries, put(batch.targets)
 
-    def _squared_norm(self) -> Tensor:
-        """This rank's share of the squared norm of the reduced gradients."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        if not self.is_sharded and not self.ranks.is_first:
-            return squares  # every rank holds every gradient: count them once
-        for gradient in self._gradients():
-            # float64: any finite gradient has a finite square, and the order of the sum does not matter to float32;
-            # in pieces, since torch makes a float64 copy
-            for piece in gradient.view(-1).split(2**24):
-                squares += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
-        return squares
-
-    def _gradients(self) -> Iterator[Tensor]:
-        """The reduced gradients of this rank between backward and step; any padding in them is zero."""
+    def _gradients(self) -> list[Tensor]:
+        """The reduced gradient of each segment between backward and step, flat, in the dtype of training."""
         inner = self._engine.optimizer
-        if hasattr(inner, "averaged_gradients"):
-            for pieces in inner.averaged_gradients.values():
-                yield from pieces
-        else:
-            for p in self.module.parameters():
-                assert p.grad is not None
-                yield p.grad
+        if not hasattr(inner, "averaged_gradients"):  # stage 0
+            named = dict(self.module.named_parameters())
+            return [named[segment.name].grad.view(-1) for segment in self.segments]  # type: ignore[union-attr]
+        pieces: dict[tuple[int, int], Tensor] = {}
+        for flat, of_flat in inner.averaged_gradients.items():
+            offset = 0
+            for piece in of_flat:
+                pieces[flat, offset] = piece
+                offset += piece.numel()
+        return [pieces[s.flat, s.offset].view(-1)[: s.numel] for s in self.segments]
+
+    def _clear_gradients(self) -> None:
+        """What DeepSpeed's own step does to its gradients; `zero_grad` follows."""
+        inner = self._engine.optimizer
+        if hasattr(inner, "single_partition_of_fp32_groups"):
+            inner.micro_step_id = -1
+            inner._release_preflattened_grad_buffers()
+            for of_group in (inner.averaged_gradients, inner.all_grad_tensors):
+                for i in of_group:
+                    of_group[i] = None
+        elif hasattr(inner, "fp32_partitioned_groups_flat"):
+            inner._pre_step()
+            inner.averaged_gradients = {}

@@ -1,9 +1,9 @@
 """What a run tells its user: `metrics.jsonl`, one status line a step, a progress bar, TensorBoard.
 
-`metrics.jsonl` is the record that everything else is drawn from. One JSON object a line, `{"kind": "train", ...}` with
-the fields of `StepRecord` or `{"kind": "valid", ...}` with those of `ValidationRecord`. Floats are written by `repr`,
-so that they read back to the same bits; since JSON has no other numbers, non-finite ones are the strings "nan", "inf"
-and "-inf", which `float()` takes like the rest.
+`metrics.jsonl` is the record that everything else is drawn from. One JSON object a line, whose "kind" says which fields
+it has: those of `StepRecord` ("train"), `ValidationRecord` ("valid") or `StatisticsRecord` ("statistics"). Floats are
+written by `repr`, so that they read back to the same bits; since JSON has no other numbers, non-finite ones are the
+strings "nan", "inf" and "-inf", which `float()` takes like the rest.
 
 What must stay true: an interrupted and resumed run leaves the same loss column as one that was never stopped.
 Resuming at a checkpoint therefore first drops the records that lie after it.
@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -67,7 +67,37 @@ class ValidationRecord:
     n_tokens: int
 
 
-Record = StepRecord | ValidationRecord
+@dataclass(frozen=True, kw_only=True)
+class TensorStatistics:
+    """What one step did to a tensor; an RMS is over its elements."""
+
+    weight_rms: float
+    update_rms: float
+    """Of the change that the step made to the tensor."""
+    gradient_rms: float
+    cosine: float
+    """Between the change and minus the gradient; nan where either is zero."""
+    sign_agreement: float
+    """Share of the elements with a nonzero gradient that moved against its sign."""
+
+    @property
+    def update_per_weight(self) -> float:
+        return self.update_rms / self.weight_rms if self.weight_rms else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsRecord:
+    step: int
+    whole: TensorStatistics
+    """All tensors as one vector."""
+    tensors: dict[str, TensorStatistics]
+    """By parameter name."""
+    n_drifting_rows: int
+    """Rows of the embedding whose RMS is beyond a tenth of 1 / weight_decay."""
+
+
+Record = StepRecord | ValidationRecord | StatisticsRecord
+_KINDS: dict[str, type[Record]] = {"train": StepRecord, "valid": ValidationRecord, "statistics": StatisticsRecord}
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -104,18 +134,35 @@ def read_metrics(path: Path) -> list[Record]:
 
 def _parse(line: str) -> Record:
     values = json.loads(line)
-    kind: type[Record] = {"train": StepRecord, "valid": ValidationRecord}[values.pop("kind")]
+    kind = _KINDS[values.pop("kind")]
+    if kind is StatisticsRecord:
+        values["whole"] = _typed(TensorStatistics, values["whole"])
+        values["tensors"] = {name: _typed(TensorStatistics, tensor) for name, tensor in values["tensors"].items()}
+    return _typed(kind, values)
+
+
+def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Make a `kind` of JSON's `values`, whose "nan" becomes nan."""
     for field in dataclasses.fields(kind):
-        if field.type in (int, float):  # which converts: "nan" becomes nan
+        if field.type in (int, float):
             values[field.name] = float(values[field.name]) if field.type is float else int(values[field.name])
     return kind(**values)
 
 
 def _json_line(record: Record) -> str:
-    values: dict[str, object] = {"kind": "train" if isinstance(record, StepRecord) else "valid"}
-    for name, value in dataclasses.asdict(record).items():
-        values[name] = repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-    return json.dumps(values, allow_nan=False) + "\n"
+    kind = next(name for name, kind in _KINDS.items() if isinstance(record, kind))
+    return json.dumps({"kind": kind, **_finite(dataclasses.asdict(record))}, allow_nan=False) + "\n"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn floats that JSON does not have into strings, in dicts inside `values` too."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _finite(value)
+        return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: finite(value) for name, value in values.items()}
 
 
 def human_count(n: float) -> str:
@@ -133,6 +180,15 @@ def status_line(record: StepRecord, n_steps: int) -> str:
     return (
         f"step {record.step:>6}/{n_steps}  loss {record.loss:7.4f}  grad {record.grad_norm:<8.3g}  lr {record.lr:.2e}  "
         f"{human_count(record.tokens_per_s):>5} tok/s  mfu {mfu}  mem {record.memory_gib:5.1f} GiB  {record.status}"
+    )
+
+
+def statistics_line(record: StatisticsRecord, n_steps: int) -> str:
+    """The columns of one record, for all tensors as one vector."""
+    whole = record.whole
+    return (
+        f"step {record.step:>6}/{n_steps}  update/weight {whole.update_per_weight:7.1e}  cosine {whole.cosine:5.2f}  "
+        f"signs {whole.sign_agreement:.2f}"
     )
 
 
@@ -223,6 +279,19 @@ class Metrics:
     def log_validation(self, step: int, loss: float, n_tokens: int) -> None:
         self._write(ValidationRecord(step=step, loss=loss, n_tokens=n_tokens), {"valid/loss": loss})
         self.message(f"step {step:>6}/{self._n_steps}  validation loss {loss:.4f} over {human_count(n_tokens)} tokens")
+
+    def log_statistics(self, record: StatisticsRecord) -> None:
+        scalars = {"statistics/n_drifting_rows": float(record.n_drifting_rows)}
+        for prefix, values in {"": record.whole, **{f"{name}/": t for name, t in record.tensors.items()}}.items():
+            scalars |= {f"statistics/{prefix}{name}": value for name, value in dataclasses.asdict(values).items()}
+        self._write(record, scalars)
+        self.message(statistics_line(record, self._n_steps))
+        if record.n_drifting_rows > 0:
+            self.message(
+                "WARNING: embedding rows with an RMS beyond a tenth of 1 / optim.weight_decay: "
+                f"{record.n_drifting_rows}. Sign updates drive the rows of rare tokens to +-1 / optim.weight_decay "
+                "(9736): set optim.embedding=lazy"
+            )
 
     def message(self, text: str) -> None:
         """Print lines above the progress bar; in a log, just print them."""

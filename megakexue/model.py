@@ -164,7 +164,7 @@ def resolve(config: ModelConfig, optimizer: str, context: int) -> ModelConfig:
     if config.residual == "deepnorm":
         recipe: str = config.deepnorm_recipe
         if recipe == "auto":
-            recipe = {"adamw": "adam"}[optimizer]
+            recipe = {"tiger": "lamb", "lion": "adam", "adamw": "adam"}[optimizer]
         alpha, gain = deepnorm_scales(recipe, config.n_layers)
         branch_gain = gain**2
     else:
@@ -490,11 +490,16 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+def centre(name: str, config: ModelConfig) -> float:
+    """The mean of a parameter's initial elements, which the guard's shrink draws it to (9512)."""
+    return config.gain_centre if axes(name).role == "gain" else 0.0
+
+
 def initial_weight(name: str, config: ModelConfig, seed: int) -> Float32[Tensor, "..."]:
     """Return a parameter's initial value, in float32 on the CPU: a function of (seed, name) and the config alone."""
     table, size = axes(name), shape(name, config)
     if table.role == "gain":
-        return torch.ones(size)
+        return torch.full(size, centre(name, config))
     assert config.branch_gain is not None, "resolve the config first"
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

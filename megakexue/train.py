@@ -8,6 +8,7 @@
       metrics.jsonl      a record for each step (megakexue/metrics.py)
       tensorboard/
       checkpoints/       megakexue/checkpoint.py
+      dumps/             the step at which the guard stopped the run, for tools/replay_step.py
       logs/rank_N.log    what each rank did, and its traceback if it failed
       cache/             shards of remote sources
 
@@ -20,26 +21,38 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from megakexue import __version__, checkpoint, dist
 from megakexue.config import Config, ModelConfig, UserError, require, sha256, to_yaml
 from megakexue.data import Batch, Batches, Position
 from megakexue.describe import describe, flops_per_token
-from megakexue.engine import Engine, start
+from megakexue.engine import Engine, StepResult, start
 from megakexue.evaluate import validation_loss
 from megakexue.export import Bundle
 from megakexue.guard import TrainingStopped
 from megakexue.loss import emo_rows
-from megakexue.metrics import Metrics, StepRecord, memory_gib, peak_flops, read_metrics
+from megakexue.metrics import (
+    Metrics,
+    StatisticsRecord,
+    StepRecord,
+    TensorStatistics,
+    memory_gib,
+    peak_flops,
+    read_metrics,
+)
 from megakexue.model import initial_weight, resolve
 from megakexue.optim import lr_factor
 from megakexue.rope import base_notes
@@ -56,7 +69,8 @@ def train(config: Config) -> None:
     """
     ranks = start(config.engine)
     model_config = resolve(config.model, config.optim.name, config.data.seq_len)
-    config = dataclasses.replace(config, model=model_config)
+    config = dataclasses.replace(config, model=model_config, optim=config.optim.resolved(model_config.tie_embeddings))
+    assert config.optim.lr is not None
     config.train.n_micro_batches(ranks.world_size)  # refuses a batch that does not divide, before any folder is made
     run = Path(config.train.run)
     with ExitStack() as stack:
@@ -100,6 +114,7 @@ def train(config: Config) -> None:
         _load_emo_rows(engine, config, init_bundle)
         n_steps = config.train.steps
         last_step = config.train.stop_at_step or n_steps
+        every = config.metrics.statistics_every_steps
 
         metrics: Metrics | None = None
         if ranks.is_first:
@@ -112,25 +127,49 @@ def train(config: Config) -> None:
             for note in base_notes(config.model):
                 metrics.message(note)
             metrics.message(f"attention   {engine.module.backend}: {engine.backend_reason}")
+            metrics.message(f"optimizer   {config.optim.name}, {engine.optimizer.kernel_reason}")
             metrics.message(f"start       {origin}\n{peak_source}")
         log.info("step %d of %d: %s", step, n_steps, origin)
         if step >= last_step and metrics:
             limit = "train.steps" if last_step == n_steps else "train.stop_at_step"
             metrics.message(f"nothing to do: {run} is at step {step}; raise {limit} to train on")
 
+        def save(folder: Path, extra: dict[str, Any], tensors: dict[str, Tensor], keep_last: int) -> Path:
+            trainer = {
+                "step": step, "tokens": tokens, "position": dataclasses.asdict(data.position),
+                "n_updates": engine.optimizer.n_updates, "guard": engine.guard.state_dict(),
+                "config": _plain(config), "data": data.fingerprint, "source": source,
+                "world_size": ranks.world_size, "init_bundle": init_bundle, **extra,
+            }  # fmt: skip
+            path = checkpoint.save(folder, engine, trainer, tensors, step=step, keep_last=keep_last)
+            log.info("saved %s", path)
+            return path
+
+        if folder is None and "rollback" in (config.guard.on_nonfinite, config.guard.on_spike):
+            save(run / "checkpoints", {}, {}, config.checkpoint.keep_last)  # there must be something to go back to
+
         while step < last_step:
             # ----- one optimizer step -----------------------------------------------------------------------------
             began = time.perf_counter()
             micro_batches = data.next_step()
             lr = config.optim.lr * lr_factor(config.optim, step + 1, n_steps)
-            result = engine.train_step(micro_batches, lr, step + 1)
+            loss_scale = engine.guard.loss_scale
+            has_statistics = every is not None and (step + 1) % every == 0
+            result = engine.train_step(micro_batches, lr, step + 1, statistics=has_statistics)
             step, tokens = step + 1, tokens + result.n_targets
             # --------------------------------------------------------------------------------------------------------
+            if result.status == "rolled back":
+                folder, warnings = checkpoint.find(run / "checkpoints", ranks)
+                assert folder is not None
+                checkpoint.restore(folder, engine)
+                warnings.append(
+                    f"{result.note}: back to the weights of {folder}; the batches of steps "
+                    f"{checkpoint.step_of(folder) + 1} to {step} are left out"
+                )
             step_s = time.perf_counter() - began
-            if result.status != "applied":
-                rows = [data.locate(sample) for batch in micro_batches for sample in batch.samples]
-                log.warning("%s; ranks whose own loss is not finite: %s; rows of this rank: %s",
-                            result, result.bad_ranks, rows)  # fmt: skip
+            rows = [[data.locate(sample) for sample in batch.samples] for batch in micro_batches]
+            if result.note is not None:
+                log.warning("%s; %s; rows of this rank: %s", result.note, _culprits(result), rows)
             if metrics:
                 flops = flops_per_token(config.model, _mean_visible_keys(micro_batches)) * config.batch_tokens
                 metrics.log_step(
@@ -142,29 +181,69 @@ def train(config: Config) -> None:
                         epoch=data.position.epoch + data.position.sample / data.n_rows,
                     )
                 )  # fmt: skip
+                if result.note is not None and result.status != "rolled back":
+                    warnings.append(f"{result.note}; {_culprits(result)}")
+                for warning in warnings:
+                    metrics.message(f"WARNING: {warning}")
+                if result.statistics is not None:
+                    metrics.log_statistics(_statistics(step, result))
+            warnings = []
             if engine.guard.reason_to_stop:
+                reason = f"{engine.guard.reason_to_stop}; {_culprits(result)}"
+                of_ranks = dist.gather({str(ranks.rank): rows})
+                facts = {"loss_scale": loss_scale, "reason": reason, "rows": of_ranks}
+                dump = save(run / "dumps", facts, _tensors(micro_batches), 1)
                 raise TrainingStopped(
-                    f"{engine.guard.reason_to_stop}; ranks with a bad loss of their own: {result.bad_ranks}; the rows "
-                    f"are in {run / 'logs'}"
+                    f"{reason}; the rows are in {run / 'logs'}; `tools/replay_step.py {dump}` finds the module in "
+                    "which the first such number appears"
                 )
             if valid and config.evaluate.every_steps and (step % config.evaluate.every_steps == 0 or step == n_steps):
                 loss, n_tokens = validation_loss(engine, valid, config.evaluate.n_rows)
                 if metrics:
                     metrics.log_validation(step, loss, n_tokens)
             if step % config.checkpoint.every_steps == 0 or step == last_step:
-                trainer = {
-                    "step": step, "tokens": tokens, "position": dataclasses.asdict(data.position),
-                    "n_updates": engine.optimizer.n_updates, "guard": engine.guard.state_dict(),
-                    "config": _plain(config), "data": data.fingerprint, "source": source,
-                    "world_size": ranks.world_size, "init_bundle": init_bundle,
-                }  # fmt: skip
-                path = checkpoint.save(
-                    run / "checkpoints", engine, trainer, step=step, keep_last=config.checkpoint.keep_last
-                )
-                log.info("saved %s", path)
+                save(run / "checkpoints", {}, {}, config.checkpoint.keep_last)
         if metrics and step < n_steps:
             metrics.message(f"stopped at step {step}, as train.stop_at_step says; the same command without it goes on")
     log.info("done at step %d", step)
+
+
+def _culprits(result: StepResult) -> str:
+    """Where the numbers that are not finite were, as far as one step shows it."""
+    tensors = result.bad_tensors
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    return (
+        f"gradients that are not finite: {tensors[0] + more if tensors else 'none'}; ranks whose own loss is not: "
+        f"{result.bad_ranks or 'none'}"
+    )
+
+
+def _statistics(step: int, result: StepResult) -> StatisticsRecord:
+    assert result.statistics is not None
+
+    def of(sums: Iterable[float]) -> TensorStatistics:
+        weight2, update2, gradient2, product, n_with_gradient, n_against, n = sums
+        norms = math.sqrt(update2 * gradient2)
+        return TensorStatistics(
+            weight_rms=math.sqrt(weight2 / n),
+            update_rms=math.sqrt(update2 / n),
+            gradient_rms=math.sqrt(gradient2 / n),
+            cosine=product / norms if norms else math.nan,
+            sign_agreement=n_against / n_with_gradient if n_with_gradient else math.nan,
+        )
+
+    return StatisticsRecord(
+        step=step,
+        whole=of(map(sum, zip(*result.statistics.values()))),
+        tensors={name: of(sums) for name, sums in result.statistics.items()},
+        n_drifting_rows=result.n_drifting_rows,
+    )
+
+
+def _tensors(batches: list[Batch]) -> dict[str, Tensor]:
+    """The micro-batches of a dump, by names that cannot be those of parameters."""
+    fields = ("tokens", "targets", "positions", "cu_seqlens")
+    return {f"batch.{i}.{name}": getattr(batch, name) for i, batch in enumerate(batches) for name in fields}
 
 
 def _start_weights(engine: Engine, config: Config) -> tuple[str, str | None]:
@@ -268,9 +347,11 @@ def _check_resume(trainer: dict[str, Any], config: Config, data: Batches) -> Non
     """Refuse to go on from a checkpoint of another model, optimizer family or order of data."""
     differing = _differences(trainer["config"]["model"], _plain(config.model), "model.")
     differing = [line for line in differing if not line.startswith("model.attention.backend")]
-    optimizers = (trainer["config"]["optim"]["name"], config.optim.name)
-    if optimizers[0] != optimizers[1]:
-        differing.append(f"optim.name {optimizers[0]} -> {optimizers[1]}")
+    old, new = trainer["config"]["optim"], _plain(config.optim)
+    states = [(o["name"], o["embedding"] == "adamw") for o in (old, new)]
+    if states[0] != states[1]:
+        lines = _differences(old, new, "optim.")
+        differing += [line for line in lines if line.split()[0] in ("optim.name", "optim.embedding")]
     require(
         not differing,
         f"train.run={config.train.run} holds a checkpoint of another model or optimizer: {'; '.join(differing)}: "

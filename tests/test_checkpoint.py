@@ -23,7 +23,7 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
 def _fill(engine: Any, base: int) -> None:
     """State that says where it belongs: value = index in the parameter + a constant for kind and name."""
     engine.load(
-        lambda kind, s: torch.arange(s.start, s.stop) * 2.0**-9 + base + len(kind) + hash_of(s.name), engine.state_kinds
+        lambda kind, s: torch.arange(s.start, s.stop) * 2.0**-9 + base + len(kind) + hash_of(s.name), with_state=True
     )
 
 
@@ -55,7 +55,7 @@ def save_then_load(config: Config, folder: Path, stages: list[int]) -> list[str]
                 _fill(engine, base=50)
             checkpoint.load(found, engine, lambda trainer: None)
             assert engine.optimizer.n_updates == 7 and engine.guard.n_good_in_row == 5
-            for segment, views in engine.state_tensors(engine.state_kinds):
+            for segment, views in engine.state_tensors():
                 for kind, view in views.items():
                     want = torch.arange(segment.start, segment.stop) * 2.0**-9 + source + len(kind)
                     if not torch.equal(view, want + hash_of(segment.name)):
@@ -76,7 +76,7 @@ def load_elsewhere(config: Config, folder: Path, stages: list[int]) -> list[str]
             found, _ = checkpoint.find(folder / f"from_{source}", ranks)
             assert found is not None
             checkpoint.load(found, engine, lambda trainer: None)
-            for segment, views in engine.state_tensors(engine.state_kinds):
+            for segment, views in engine.state_tensors():
                 for kind, view in views.items():
                     want = torch.arange(segment.start, segment.stop) * 2.0**-9 + source + len(kind)
                     if not torch.equal(view, want + hash_of(segment.name)):

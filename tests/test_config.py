@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megakexue import config as config_module
-from megakexue.config import Config, ModelConfig, UserError, build, check_inputs, load_config, to_yaml
+from megakexue.config import Config, ModelConfig, OptimConfig, UserError, build, check_inputs, load_config, to_yaml
 from megakexue.describe import n_parameters
 from megakexue.model import Decoder, resolve
 from tests.conftest import Prepared
@@ -120,6 +121,7 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         (["loss.emo=true", "loss.emo_max_ratio=0"], "loss.emo_max_ratio=0.0 must be positive"),
         (["loss.emo=true"], "loss.emo=true needs a trained head (9797), and train.init_from is null: train without it"),
         (["model.n_layers=0"], "model.n_layers=0 must be positive"),
+        (["model.gain_centre=0"], "model.gain_centre=0.0 must be positive"),
         (["model.norm_eps=0"], "model.norm_eps=0.0 must be positive"),
         (["model.rope.base=large"], "model.rope.base='large' must be a number or 'auto'"),
         (["model.rope.base=0.5"], "model.rope.base=0.5 must be above 1 and finite"),
@@ -166,12 +168,66 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         ),
         (["train.seed=-1"], "train.seed=-1 must not be negative"),
         (["optim.beta2=1"], "optim.beta2=1.0 must be in [0, 1)"),
+        (["optim.beta1=-0.1"], "optim.beta1=-0.1 must be in [0, 1)"),
+        (["optim.name=sgd"], "Invalid value 'sgd', expected one of ['tiger', 'lion', 'adamw']"),
+        (["optim.rms_floor=0"], "optim.rms_floor=0.0 must be positive"),
+        (["optim.embedding=adamw", "optim.embedding_lr=0"], "optim.embedding_lr=0.0 must be positive"),
+        (
+            ["optim.beta2=0.9"],
+            "optim.beta2=0.9 has no effect with optim.name=tiger, whose one beta is optim.beta1: l",
+        ),
+        (
+            ["optim.name=adamw", "optim.embedding=lazy"],
+            "optim.embedding=lazy has no effect with optim.name=adamw: lea",
+        ),
+        (["optim.embedding_lr=1e-4"], "optim.embedding_lr=0.0001 has no effect with optim.embedding=None: use adamw"),
+        (
+            ["optim.name=lion", "optim.embedding=lazy", "optim.embedding_lr=1e-4"],
+            "optim.embedding_lr=0.0001 has no effect with optim.embedding=lazy: use adamw",
+        ),
+        (
+            ["optim.name=lion", "optim.accumulate=momentum"],
+            "optim.accumulate=momentum is for optim.name=tiger, not lion: leave it at gradient",
+        ),
+        (
+            ["optim.name=lion", "optim.momentum_dtype=bf16"],
+            "optim.momentum_dtype=bf16 is for optim.name=tiger, not lion: leave it at fp32",
+        ),
+        (
+            ["optim.name=adamw", "optim.rms_floor=0.01"],
+            "optim.rms_floor=0.01 is for optim.name=tiger, not adamw: leave it at 0.001",
+        ),
+        (
+            ["optim.embedding=adamw", "optim.accumulate=momentum"],
+            "optim.embedding=adamw needs the whole gradient: set optim.accumulate=gradient",
+        ),
+        (
+            ["model.tie_embeddings=true", "optim.embedding=lazy"],
+            "optim.embedding=lazy does not fit model.tie_embeddings=true, where every row has a gradient in every step",
+        ),
+        (
+            ["model.tie_embeddings=true", "optim.embedding=adamw"],
+            "optim.embedding=adamw does not fit model.tie_embeddings=true, where every row has a gradient in every ste",
+        ),
+        (
+            ["optim.accumulate=momentum", "guard.on_spike=skip"],
+            "guard.on_spike=skip does not fit optim.accumulate=momentum, whose momentum holds the batch before its",
+        ),
         (["optim.clip_norm=0"], "optim.clip_norm=0.0 must be positive; optim.clip=null turns it off"),
         (["optim.final_lr=2"], "optim.final_lr=2.0 is a factor: it must be in [0, 1]"),
         (["guard.max_bad_steps=0"], "guard.max_bad_steps=0 must be positive"),
         (["guard.initial_loss_scale=1000"], "guard.initial_loss_scale=1000.0 must be a power of two"),
         (["guard.loss_scale_window=0"], "guard.loss_scale_window=0 must be positive"),
+        (
+            ["guard.on_nonfinite=ignore"],
+            "Invalid value 'ignore', expected one of ['shrink', 'skip', 'stop', 'roll",
+        ),
+        (["guard.on_nonfinite=shrink", "guard.shrink_ratio=1"], "guard.shrink_ratio=1.0 must be in (0, 1)"),
+        (["guard.shrink_ratio=0.9"], "guard.shrink_ratio=0.9 has no effect with guard.on_nonfinite=skip: use shrink"),
+        (["guard.spike_sigmas=0"], "guard.spike_sigmas=0.0 must be positive"),
+        (["guard.spike_window=7"], "guard.spike_window=7 must be at least 8, for a median"),
         (["metrics.every_steps=0"], "metrics.every_steps=0 must be positive"),
+        (["metrics.statistics_every_steps=0"], "metrics.statistics_every_steps=0 must be positive, or null for off"),
         (["metrics.peak_tflops=-1"], "metrics.peak_tflops=-1.0 must be positive, or null"),
         (["engine.zero_stage=4"], "engine.zero_stage=4 must be 0, 1, 2 or 3"),
         (["engine.bucket_elements=0"], "engine.bucket_elements=0 must be positive"),
@@ -188,6 +244,46 @@ def test_mistakes_have_their_message(overrides: list[str], message: str) -> None
         load_config(TINY, overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.tie_embeddings=true", "optim.embedding=dense"],
+        ["optim.embedding=adamw", "optim.embedding_lr=1e-4", "optim.momentum_dtype=bf16", "guard.on_spike=skip"],
+        ["optim.accumulate=momentum", "guard.on_spike=rollback", "optim.rms_floor=0.01"],
+        ["optim.name=lion", "optim.beta2=0.99", "optim.embedding=adamw"],
+        ["optim.name=adamw", "optim.beta2=0.99", "optim.weight_decay=0", "model.tie_embeddings=true"],
+        ["guard.on_nonfinite=shrink", "guard.shrink_ratio=0.5", "guard.on_spike=null", "guard.spike_window=8"],
+        ["metrics.statistics_every_steps=null"],
+    ],
+    ids=" ".join,
+)
+def test_what_fits_is_accepted(overrides: list[str]) -> None:
+    load_config(TINY, overrides)
+
+
+def test_numbers_that_are_left_to_the_optimizer() -> None:
+    def numbers(tie_embeddings: bool = False, **settings: Any) -> tuple[Any, ...]:
+        given = OptimConfig(**settings)
+        resolved = given.resolved(tie_embeddings)
+        assert resolved.resolved(tie_embeddings) == resolved
+        changed = {f.name for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(resolved, f.name)}
+        assert changed <= {"lr", "beta1", "beta2", "weight_decay", "embedding", "embedding_lr"} - settings.keys()
+        return tuple(
+            getattr(resolved, name) for name in ("lr", "beta1", "beta2", "weight_decay", "embedding", "embedding_lr")
+        )
+
+    assert numbers() == numbers(name="tiger") == (1e-3, 0.965, None, 0.01, "lazy", None)
+    assert numbers(True) == (1e-3, 0.965, None, 0.01, "dense", None)
+    assert numbers(name="lion") == (3e-4, 0.95, 0.98, 0.01, "lazy", None)
+    assert numbers(True, name="lion") == (3e-4, 0.95, 0.98, 0.01, "dense", None)
+    assert numbers(name="adamw") == numbers(True, name="adamw") == (3e-4, 0.9, 0.95, 0.1, None, None)
+    assert numbers(embedding="adamw") == (1e-3, 0.965, None, 0.01, "adamw", 1e-3)
+    assert numbers(name="lion", embedding="adamw", lr=2e-4) == (2e-4, 0.95, 0.98, 0.01, "adamw", 2e-4)
+    assert numbers(embedding="adamw", embedding_lr=5e-4) == (1e-3, 0.965, None, 0.01, "adamw", 5e-4)
+    assert numbers(embedding="dense", weight_decay=0.0, beta1=0.0) == (1e-3, 0.0, None, 0.0, "dense", None)
+    assert numbers(name="adamw", beta2=0.999, lr=1e-4) == (1e-4, 0.9, 0.999, 0.1, None, None)
 
 
 def test_batch_that_the_ranks_do_not_divide() -> None:

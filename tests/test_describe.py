@@ -43,12 +43,18 @@ def test_flops_equal_torchs_counter(changes: dict) -> None:
 def test_state_bytes_by_stage() -> None:
     config = load_config(ROOT / "configs" / "tiny_gqa.yaml", ["engine.dtype=bf16"])
     n = n_parameters(config.model)
-    totals = []
-    for stage in range(4):
-        staged = load_config(ROOT / "configs" / "tiny_gqa.yaml", ["engine.dtype=bf16", f"engine.zero_stage={stage}"])
-        totals.append(sum(model_state_bytes(staged, 4).values()))
-    # bf16 weights and gradients 2 + 2, master 4, two moments 8; split over 4 ranks from stage 1, 2, 3 on
-    assert totals == [16 * n, 4 * n + 3 * n, 2 * n + n // 2 + 3 * n, 4 * n]
+    embedding = config.model.vocab_size * config.model.d_model
+    settings = {("optim.name=adamw",): 8 * n, ("optim.name=lion",): 4 * n, ("optim.momentum_dtype=bf16",): 2 * n,
+                ("optim.name=tiger", "optim.embedding=adamw"): 4 * n + 4 * embedding}  # fmt: skip
+    for options, state in settings.items():
+        totals = []
+        for stage in range(4):
+            overrides = ["engine.dtype=bf16", f"engine.zero_stage={stage}", *options]
+            staged = load_config(ROOT / "configs" / "tiny_gqa.yaml", overrides)
+            totals.append(sum(model_state_bytes(staged, 4).values()))
+        # bf16 weights and gradients 2 + 2, master 4, the optimizer's; split over 4 ranks from stage 1, 2, 3 on
+        own = (4 * n + state) // 4
+        assert totals == [8 * n + state, 4 * n + own, 2 * n + n // 2 + own, n + own], options
 
 
 def test_cache_bytes() -> None:

@@ -29,7 +29,6 @@ from megakexue.optim import clip_factor, lr_factor
 from tests.conftest import Prepared
 from tests.ranks import run_on_ranks
 
-N_STEPS = 4
 STAGES = (0, 1, 2, 3)
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -43,28 +42,33 @@ def make_config(
     tied: bool = False,
     mla: bool = False,
     emo: bool = False,
+    optim: dict[str, Any] | None = None,
+    guard: dict[str, Any] | None = None,
+    rows: int = 8,
+    steps: int = 4,
 ) -> Config:
     # sizes that no number of ranks divides, so that partitions cut through tensors and rows
     kind: dict[str, Any] = dict(n_kv_heads=2, d_head=10)
     if mla:
         kind = dict(mla=MlaConfig(d_latent=17, d_query_latent=23, d_nope=7, d_rope=6, d_value=11))
     model = ModelConfig(vocab_size=517, d_model=36, n_layers=2, n_heads=6, d_ff=50, tie_embeddings=tied, **kind)
+    settings = {"name": "adamw", "lr": 1e-2} | (optim or {})
     return Config(
-        model=resolve(model, "adamw", prepared.seq_len),
+        model=resolve(model, settings["name"], prepared.seq_len),
         data=DataConfig(
             sources=[SourceConfig(path=str(prepared.data))], tokenizer=str(prepared.tokenizer), seq_len=prepared.seq_len
         ),
         train=TrainConfig(
             run="unused",
-            steps=N_STEPS,
-            global_batch_size=8,
+            steps=steps,
+            global_batch_size=rows,
             micro_batch_size=micro,
             init_from="unused" if emo else None,
         ),
         # a norm that clips every step, so that clipping is under test too
-        optim=OptimConfig(lr=1e-2, warmup_steps=1, clip_norm=0.1),
+        optim=OptimConfig(**{"warmup_steps": 1, "clip_norm": 0.1} | settings).resolved(tied),
         loss=LossConfig(z_loss=1e-3 if emo else 0.0, emo=emo),
-        guard=GuardConfig(initial_loss_scale=65536.0),
+        guard=GuardConfig(**guard or {}),
         engine=EngineConfig(zero_stage=stage, dtype=dtype, bucket_elements=3000),
     )
 
@@ -74,7 +78,7 @@ def initial_masters(engine: Any, config: Config) -> None:
 
 
 def train_steps(config: Config, *, same_batch: bool, poison_step: int | None = None) -> dict[str, Any]:
-    """Train N_STEPS on this rank; `same_batch` gives every rank the rows of rank 0.
+    """Train `train.steps` on this rank; `same_batch` gives every rank the rows of rank 0.
 
     At `poison_step` the embedding of the last rank comes out as NaN.
     """
@@ -96,16 +100,15 @@ def train_steps(config: Config, *, same_batch: bool, poison_step: int | None = N
     results, moved = [], []
 
     def masters() -> list[torch.Tensor]:
-        kinds = engine.state_kinds
-        return [view.clone() for _, views in engine.state_tensors(kinds) for view in views.values()]
+        return [view.clone() for _, views in engine.state_tensors() for view in views.values()]
 
-    for step in range(N_STEPS):
+    for step in range(config.train.steps):
         batches = data.next_step()
         if step == poison_step and ranks.rank == ranks.world_size - 1:
             hook = engine.module.embedding.register_forward_hook(lambda m, i, out: out * math.nan)
         else:
             hook = None
-        lr = config.optim.lr * lr_factor(config.optim, step + 1, N_STEPS)
+        lr = config.optim.lr * lr_factor(config.optim, step + 1, config.train.steps)
         before = masters()
         results.append(engine.train_step(batches, lr, step + 1))
         moved.append(not all(torch.equal(a, b) for a, b in zip(before, masters())))
@@ -114,7 +117,7 @@ def train_steps(config: Config, *, same_batch: bool, poison_step: int | None = N
         engine.check_weights()
     data.close()
     state = [(s.name, s.start, s.stop, {k: v.clone() for k, v in views.items()})
-             for s, views in engine.state_tensors(engine.state_kinds)]  # fmt: skip
+             for s, views in engine.state_tensors()]  # fmt: skip
     loss = engine.evaluation_loss(batches[0]).item()
     return {
         "results": results,
@@ -147,23 +150,28 @@ def assemble(ranks: list[dict[str, Any]], config: Config, *, sharded: bool) -> d
 
 
 def plain_training(config: Config) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """The same steps with none of our engine: one process, torch's AdamW, all rows at once, the plain loss."""
+    """The same steps with none of our engine: one process, the rules as the papers write them, all rows at once."""
     model = Decoder(config.model, "reference")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(initial_weight(name, config.model, 0))
+    optim = config.optim
+    assert optim.beta1 is not None and optim.lr is not None and optim.weight_decay is not None
     decayed = [p for p in parameters.values() if p.dim() == 2]
     gains = [p for p in parameters.values() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps)
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": gains, "weight_decay": 0.0}],
+        betas=(optim.beta1, optim.beta2 or 0.0), eps=optim.eps,
+    )  # fmt: skip
+    momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
     size = config.train.global_batch_size
     data = Batches(
         config.data, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1, local_rank=0,
         local_world_size=1, cache=Path("unused"),
     )  # fmt: skip
     losses, norms = [], []
-    for step in range(N_STEPS):
+    for step in range(config.train.steps):
         (batch,) = data.next_step()
         x = model.embedding(batch.tokens)
         rotary = model.rotary(batch.positions, batch.tokens.shape[1])
@@ -174,102 +182,148 @@ def plain_training(config: Config) -> tuple[list[float], list[float], dict[str, 
         loss = plain_cross_entropy(x.flatten(0, 1), model.head.weight, batch.targets.flatten(), scale)
         loss = loss / batch.n_targets
         loss.backward()
-        norm = float(
-            torch.stack([p.grad.double().square().sum() for p in parameters.values() if p.grad is not None])
-            .sum()
-            .sqrt()
-        )
+        squares = [p.grad.double().square().sum() for p in parameters.values() if p.grad is not None]
+        norm = torch.stack(squares).sum().sqrt()
         for p in parameters.values():
             assert p.grad is not None
-            p.grad *= clip_factor(config.optim, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = config.optim.lr * lr_factor(config.optim, step + 1, N_STEPS)
-        optimizer.step()
-        optimizer.zero_grad()
+            p.grad *= clip_factor(optim, norm).item()
+        lr = optim.lr * lr_factor(optim, step + 1, config.train.steps)
+        if optim.name == "adamw":
+            for group in adamw.param_groups:
+                group["lr"] = lr
+            adamw.step()
+        else:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    plain_sign_step(name, p, momentum[name], config, lr, batch.tokens)
+        for p in parameters.values():
+            p.grad = None
         losses.append(loss.item())
-        norms.append(norm)
+        norms.append(norm.item())
     data.close()
     return losses, norms, {name: p.detach().view(-1) for name, p in parameters.items()}
+
+
+def plain_sign_step(
+    name: str, p: torch.Tensor, m: torch.Tensor, config: Config, lr: float, tokens: torch.Tensor
+) -> None:
+    """Tiger (9512) and Lion (9473) on one whole parameter, its embedding lazy by the tokens of the batch (9736)."""
+    optim, g = config.optim, p.grad
+    assert optim.beta1 is not None and optim.weight_decay is not None and g is not None
+    eta: Any = lr
+    if optim.name == "tiger":
+        m.mul_(optim.beta1).add_(g, alpha=1 - optim.beta1)
+        direction = m
+        eta = lr * p.square().mean().sqrt()
+        if name == "embedding.weight":
+            eta = lr * p.square().mean(-1, keepdim=True).sqrt()
+        if p.dim() == 1:
+            eta = lr / 2
+    else:
+        assert optim.beta2 is not None
+        direction = optim.beta1 * m + (1 - optim.beta1) * g
+        m.mul_(optim.beta2).add_(g, alpha=1 - optim.beta2)
+    update = eta * (torch.sign(direction) + (optim.weight_decay if p.dim() == 2 else 0.0) * p)
+    if name == "embedding.weight" and not config.model.tie_embeddings:
+        occurs = torch.zeros(len(p), 1)
+        occurs[tokens.unique()] = 1
+        update *= occurs
+    p.sub_(update)
+
+
+TIGER, LION, ADAMW = {"name": "tiger", "lr": 1e-2}, {"name": "lion", "lr": 1e-3}, {"name": "adamw", "lr": 1e-2}
 
 
 @pytest.mark.slow
 def test_every_stage_and_dtype_trains_as_one_process(prepared: Prepared) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    same = [(make_config(prepared, stage=s, dtype=d, tied=t), True, None)
-            for d in DTYPES for s in STAGES for t in (False, True) if d == "fp32" or not t]  # fmt: skip
-    same += [(make_config(prepared, stage=s, dtype=d, mla=True), True, None)
+    same = [(make_config(prepared, stage=s, dtype=d, tied=t, optim=o, steps=20 if o is TIGER else 4), True, None)
+            for o in (TIGER, LION, ADAMW) for d in ("fp32", "bf16") for t in (False, True) for s in STAGES]  # fmt: skip
+    same += [(make_config(prepared, stage=s, dtype="fp16", optim=o), True, None)
+             for o in (TIGER, ADAMW) for s in STAGES]  # fmt: skip
+    same += [(make_config(prepared, stage=s, dtype=d, mla=True, optim=TIGER), True, None)
              for d in ("fp32", "bf16") for s in STAGES]  # fmt: skip
-    same += [(make_config(prepared, stage=s, dtype=d, tied=t, emo=True), True, None)
+    same += [(make_config(prepared, stage=s, dtype=d, tied=t, emo=True, optim=TIGER), True, None)
              for s, d, t in ((1, "fp32", False), (3, "bf16", True), (3, "fp32", False))]  # fmt: skip
-    different = [(make_config(prepared, stage=s, dtype=d), False, None) for d in DTYPES for s in STAGES]
-    latent = [(make_config(prepared, stage=s, mla=True), False, None) for s in STAGES]
-    accumulated = [(make_config(prepared, stage=s, micro=1), False, None) for s in STAGES]
-    poisoned = [(make_config(prepared, stage=s, dtype=d), False, 2) for d in DTYPES for s in STAGES]
-    cases = same + different + accumulated + latent + poisoned
+    different = [(make_config(prepared, stage=s, dtype=d, optim=o), False, None)
+                 for o, d in ((TIGER, "fp32"), (LION, "fp32"), (ADAMW, "fp32"), (TIGER, "bf16"), (ADAMW, "fp16"))
+                 for s in STAGES]  # fmt: skip
+    different += [(make_config(prepared, stage=s, mla=True, optim=ADAMW), False, None) for s in STAGES]
+    different += [(make_config(prepared, stage=s, micro=1, optim=ADAMW), False, None) for s in STAGES]
+    cases = same + different
     two = list(zip(*run_on_ranks(2, many_cases, cases)))
-    # what both ranks of `same` saw, on one rank without sharding
-    halves = [
-        (replace(c, train=replace(c.train, global_batch_size=4), engine=replace(c.engine, zero_stage=0)), True, None)
-        for c, *_ in same
-    ]
-    one = run_on_ranks(1, many_cases, halves)[0]
+
+    # what both ranks of `same` saw, on one rank without sharding: the same for every stage
+    def alone(config: Config) -> Config:
+        train = replace(config.train, global_batch_size=config.train.global_batch_size // 2)
+        return replace(config, train=train, engine=replace(config.engine, zero_stage=0))
+
+    halves = {repr(alone(config)): alone(config) for config, *_ in same}
+    one = dict(zip(halves, run_on_ranks(1, many_cases, [(c, True, None) for c in halves.values()])[0]))
     assembled = [assemble(list(r), c, sharded=c.engine.zero_stage > 0) for r, (c, *_) in zip(two, cases)]
 
-    for (config, *_), ranks in zip(cases, two):
-        where = f"stage {config.engine.zero_stage} {config.engine.dtype}"
-        assert repr(ranks[0]["results"]) == repr(ranks[1]["results"]), f"{where}: ranks disagree"
+    def where(config: Config) -> str:
+        kind = "mla" if config.model.mla else "gqa"
+        tied = "tied" if config.model.tie_embeddings else "untied"
+        return f"{config.optim.name} stage {config.engine.zero_stage} {config.engine.dtype} {kind} {tied}"
 
-    # 1. two ranks with the same rows = one unsharded rank: every bit of losses, norms, masters and moments
-    for (config, *_), ranks, whole, alone in zip(same, two, assembled, one):
-        where = f"stage {config.engine.zero_stage} {config.engine.dtype} tied={config.model.tie_embeddings}"
-        where += f" mla={config.model.mla is not None}"
-        reference = assemble([alone], config, sharded=False)
-        rel = 1e-6 if config.engine.dtype == "fp16" and config.engine.zero_stage >= 2 else 1e-15
+    for (config, *_), ranks in zip(cases, two):
+        assert repr(ranks[0]["results"]) == repr(ranks[1]["results"]), f"{where(config)}: ranks disagree"
+        assert [r.status for r in ranks[0]["results"]] == ["applied"] * config.train.steps, where(config)
+
+    # 1. two ranks with the same rows = one unsharded rank: every bit of losses, norms, masters and state
+    for (config, *_), ranks, whole in zip(same, two, assembled):
+        reference = assemble([one[repr(alone(config))]], config, sharded=False)
+        is_halved = config.engine.dtype == "fp16" and config.engine.zero_stage >= 2
         for field in ("loss", "grad_norm"):
-            got, want = ([getattr(r, field) for r in run["results"]] for run in (ranks[0], alone))
-            assert got == pytest.approx(want, rel=rel), f"{where}: {field}"
+            got, want = ([getattr(r, field) for r in run["results"]] for run in (ranks[0], one[repr(alone(config))]))
+            assert got == pytest.approx(want, rel=1e-6 if is_halved else 1e-15), f"{where(config)}: {field}"
         for kind, tensors in reference.items():
             for name, value in tensors.items():
-                if config.engine.dtype == "fp16" and config.engine.zero_stage >= 2:
+                if is_halved:
                     # these stages halve each micro-batch's gradient before adding, which loses the last bit of fp16's
-                    # subnormal numbers: up to 2^-25 / 65536 = 5e-13, of which AdamW makes 5e-13 / eps = 5e-5 lr
-                    assert (whole[kind][name] - value).abs().max() < 1e-4 * config.optim.lr, f"{where}: {kind} {name}"
+                    # subnormal numbers: up to 2^-25 / 65536 = 5e-13, of which AdamW makes 5e-13 / eps = 5e-5 lr, and
+                    # Tiger another sign where the momentum is that small
+                    difference = (whole[kind][name] - value).abs()
+                    assert config.optim.lr is not None
+                    if config.optim.name == "adamw":
+                        assert difference.max() < 1e-4 * config.optim.lr, f"{where(config)}: {kind} {name}"
+                    else:
+                        assert (difference > 0).float().mean() < 2e-3, f"{where(config)}: {kind} {name}"
                 else:
-                    assert torch.equal(whole[kind][name], value), f"{where}: {kind} {name}"
+                    assert torch.equal(whole[kind][name], value), f"{where(config)}: {kind} {name}"
 
-    # 2. different rows: fp32 agrees with plain torch up to the order of float32 sums. AdamW divides by sqrt(v), so an
-    #    element whose gradient is rounding noise may move by a different fraction of lr; hence a bound in units of lr
-    references = {kind: plain_training(first[0][0]) for kind, first in ((False, different), (True, latent))}
-    n = len(same)
-    for (config, *_), ranks, whole in zip(cases[n:], two[n:], assembled[n:]):
-        if config.engine.dtype == "fp32" and ranks[0]["n_updates"] == N_STEPS:
-            where = f"stage {config.engine.zero_stage} micro {config.train.micro_batch_size} {config.model.mla}"
-            losses, norms, reference_weights = references[config.model.mla is not None]
-            assert [r.loss for r in ranks[0]["results"]] == pytest.approx(losses, rel=1e-6), where
-            assert [r.grad_norm for r in ranks[0]["results"]] == pytest.approx(norms, rel=1e-5), where
-            for name, value in reference_weights.items():
-                difference = (whole["master"][name] - value).abs()
-                assert difference.max() < 0.02 * config.optim.lr, f"{where}: {name} {difference.max()}"
-                assert difference.mean() < 1e-5 * config.optim.lr, f"{where}: {name} {difference.mean()}"
+    # 2. different rows: fp32 agrees with the plain rules up to the order of float32 sums. AdamW divides by sqrt(v), so
+    #    an element whose gradient is rounding noise may move by a different fraction of lr; a sign may turn there
+    references = {}
+    for (config, *_), ranks, whole in zip(different, two[len(same) :], assembled[len(same) :]):
+        if config.engine.dtype != "fp32":
+            continue
+        key = (config.optim.name, config.model.mla is not None)
+        if key not in references:
+            references[key] = plain_training(config)
+        losses, norms, reference_weights = references[key]
+        assert config.optim.lr is not None
+        rel = 1e-6 if config.optim.name == "adamw" else 1e-5
+        assert [r.loss for r in ranks[0]["results"]] == pytest.approx(losses, rel=rel), where(config)
+        assert [r.grad_norm for r in ranks[0]["results"]] == pytest.approx(norms, rel=10 * rel), where(config)
+        for name, value in reference_weights.items():
+            difference = (whole["master"][name] - value).abs()
+            if config.optim.name == "adamw":
+                assert difference.max() < 0.02 * config.optim.lr, f"{where(config)}: {name} {difference.max()}"
+                assert difference.mean() < 1e-5 * config.optim.lr, f"{where(config)}: {name} {difference.mean()}"
+            else:
+                turned = (difference > 1e-6).float().mean()
+                assert turned < 1e-3, f"{where(config)}: {name} {turned}"
+                assert difference.max() < 2 * config.train.steps * config.optim.lr, f"{where(config)}: {name}"
 
     # 3. half precision: the same loss column to the precision of the weights
-    losses = references[False][0]
-    for (config, *_), ranks in zip(different, two[n:]):
+    for (config, *_), ranks in zip(different, two[len(same) :]):
         if config.engine.dtype != "fp32":
+            losses = references[config.optim.name, False][0]
             rel = {"bf16": 2e-3, "fp16": 3e-4}[config.engine.dtype]
-            assert [r.loss for r in ranks[0]["results"]] == pytest.approx(losses, rel=rel), config.engine
-
-    # 4. a non-finite value on one rank: all skip, the state stays finite, the next step moves
-    for (config, *_), ranks, whole in zip(poisoned, two[-len(poisoned) :], assembled[-len(poisoned) :]):
-        where = f"stage {config.engine.zero_stage} {config.engine.dtype}"
-        assert [r.status for r in ranks[0]["results"]] == ["applied", "applied", "skipped", "applied"], where
-        assert ranks[0]["n_updates"] == N_STEPS - 1, where
-        assert [r.bad_ranks for r in ranks[0]["results"]] == [[], [], [1], []], where
-        # a skipped step leaves masters and moments as they were, and the next one moves them
-        assert ranks[0]["moved"] == ranks[1]["moved"] == [True, True, False, True], where
-        assert math.isfinite(ranks[0]["results"][3].loss), where
-        assert all(t.isfinite().all() for tensors in whole.values() for t in tensors.values()), where
+            assert [r.loss for r in ranks[0]["results"]] == pytest.approx(losses, rel=rel), where(config)
 
 
 def huge_gradients(configs: list[Config]) -> list[tuple[Any, int]]:
@@ -293,6 +347,131 @@ def huge_gradients(configs: list[Config]) -> list[tuple[Any, int]]:
         data.close()
         outcomes.append((result, engine.optimizer.n_updates))
     return outcomes
+
+
+def accumulate(configs: list[Config]) -> list[dict[str, Any]]:
+    return [train_steps(config, same_batch=False) for config in configs]
+
+
+@pytest.mark.slow
+def test_momentum_accumulates_what_the_gradient_does(prepared: Prepared) -> None:
+    # 8634: equal up to the order of float32 sums, without a buffer for the gradient. The clipping of each micro-batch
+    # is another thing than that of their mean, so there is none here
+    cases = [(stage, k) for stage in STAGES for k in (1, 2, 8)]
+    configs = [
+        make_config(prepared, stage=stage, rows=16, micro=8 // k, steps=3,
+                    optim=TIGER | {"clip": None, "accumulate": accumulate})
+        for stage, k in cases for accumulate in ("gradient", "momentum")
+    ]  # fmt: skip
+    two = list(zip(*run_on_ranks(2, accumulate, configs)))
+    runs = [assemble(list(r), c, sharded=c.engine.zero_stage > 0) for r, c in zip(two, configs)]
+    for (stage, k), by_gradient, by_momentum, ranks in zip(cases, runs[::2], runs[1::2], zip(two[::2], two[1::2])):
+        where = f"stage {stage}, {k} micro-batches"
+        for name, value in by_gradient["momentum"].items():
+            other = by_momentum["momentum"][name]
+            if k == 1:
+                assert torch.equal(other, value) and torch.equal(
+                    by_momentum["master"][name], by_gradient["master"][name]
+                )
+                continue
+            assert (other - value).abs().max() < 1e-5 * value.abs().max(), f"{where}: {name}"
+            turned = ((by_momentum["master"][name] - by_gradient["master"][name]).abs() > 1e-6).float().mean()
+            assert turned < 2e-3, f"{where}: {name}: {turned}"
+        losses = [[r.loss for r in rank[0]["results"]] for rank in ranks]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6), where
+
+
+POLICIES = ("shrink", "skip", "rollback", "stop")
+
+
+def inject(config: Config, value: float) -> list[tuple[Any, ...]]:
+    """On the last rank, a non-finite value in the second of four micro-batches, under every policy on one engine."""
+    from megakexue.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    initial_masters(engine, config)
+    data = Batches(
+        config.data, global_batch_size=config.train.global_batch_size, rank=ranks.rank, local_rank=0,
+        micro_batch_size=config.train.micro_batch_size, world_size=ranks.world_size, local_world_size=1,
+        cache=Path("unused"),
+    )  # fmt: skip
+
+    def state(kind: str) -> dict[tuple[str, int], torch.Tensor]:
+        return {(s.name, s.start): views[kind].clone() for s, views in engine.state_tensors() if kind in views}
+
+    assert config.optim.lr is not None
+    outcomes = []
+    step = 0
+    for policy in POLICIES:
+        engine.config = replace(config, guard=replace(config.guard, on_nonfinite=policy))
+        engine.guard.config = engine.config.guard
+        for is_bad in (True, False):
+            calls = 0
+
+            def poison(module: Any, inputs: Any, out: torch.Tensor, is_bad: bool = is_bad) -> torch.Tensor:
+                nonlocal calls
+                calls += 1
+                bad = is_bad and calls == 2 and ranks.rank == ranks.world_size - 1
+                return torch.cat([out[:, :1] * value, out[:, 1:]], 1) if bad else out
+
+            hook = engine.module.blocks[1].feed_forward.register_forward_hook(poison)
+            before = {kind: state(kind) for kind in ("master", "momentum")}
+            step += 1
+            result = engine.train_step(data.next_step(), config.optim.lr, step)
+            hook.remove()
+            engine.check_weights()
+            after = {kind: state(kind) for kind in ("master", "momentum")}
+            is_finite = all(t.isfinite().all() for tensors in after.values() for t in tensors.values())
+            unmoved = [n for n in before["master"] if torch.equal(before["master"][n], after["master"][n])]
+            # with ratio 0.99 every element goes a hundredth of its way to the centre
+            shrunk = all(
+                torch.allclose(after["master"][n] - c, (t - c) * 0.99, atol=1e-7)
+                for n, t in before["master"].items() for c in [1.0 if "gain" in n[0] else 0.0]
+            )  # fmt: skip
+            same_momentum = all(torch.equal(t, after["momentum"][n]) for n, t in before["momentum"].items())
+            facts = (is_finite, sorted({n for n, _ in unmoved}), shrunk, same_momentum, engine.guard.reason_to_stop)
+            outcomes.append((policy, is_bad, result, facts))
+    data.close()
+    return outcomes
+
+
+def inject_all(configs: list[tuple[Config, float]]) -> list[list[tuple[Any, ...]]]:
+    return [inject(config, value) for config, value in configs]
+
+
+@pytest.mark.slow
+def test_one_bad_micro_batch_of_one_rank(prepared: Prepared) -> None:
+    cases = [
+        (make_config(prepared, stage=stage, dtype=dtype, rows=16, micro=2,
+                     optim=TIGER | {"accumulate": accumulate}), value)
+        for i, stage in enumerate(STAGES) for j, dtype in enumerate(DTYPES)
+        for k, accumulate in enumerate(("gradient", "momentum"))
+        for value in ((math.nan, math.inf)[(i + j + k) % 2],)
+    ]  # fmt: skip
+    expected = {"shrink": "shrunk", "skip": "skipped", "rollback": "rolled back", "stop": "skipped"}
+    for (config, value), ranks in zip(cases, zip(*run_on_ranks(2, inject_all, cases))):
+        in_momentum = config.optim.accumulate == "momentum"
+        for (policy, is_bad, result, facts), (_, _, other, other_facts) in zip(*ranks):
+            where = f"stage {config.engine.zero_stage} {config.engine.dtype} {config.optim.accumulate} {value} {policy}"
+            is_finite, unmoved, shrunk, same_momentum, reason = facts
+            assert repr(result) == repr(other), f"{where}: ranks disagree"
+            assert is_finite and other_facts[0], where
+            if is_bad:
+                assert result.status == expected[policy], where
+                assert result.bad_ranks == [1] and len(result.bad_tensors) > 10, where
+                assert "loss nan" in result.note or "loss inf" in result.note, where
+                assert shrunk == (policy == "shrink") == other_facts[2], where
+                # the other micro-batches stay in a momentum that accumulates them
+                assert same_momentum == (not in_momentum), where
+                # gains are at their centre before they have moved
+                moved = [name for name in unmoved if "gain" not in name] == []
+                assert moved == (policy == "shrink"), where
+                assert (reason is not None) == (policy == "stop"), where
+            else:
+                # a gradient that underflows in fp16 moves nothing; everything else goes on
+                moved_all = not set(unmoved) & set(other_facts[1])
+                assert result.status == "applied" and moved_all, f"{where}: {unmoved} {other_facts[1]}"
 
 
 @pytest.mark.slow

@@ -160,12 +160,16 @@ def test_the_program_prints_and_writes_what_the_library_computes(
     assert again.stderr == f"error: --json {out} exists: choose another name or add --overwrite\n"
 
 
-def test_set_changes_the_use_of_the_weights(prepared: Prepared, bundle: Bundle, tmp_path: Path) -> None:
+def test_set_changes_the_use_of_the_weights(
+    prepared: Prepared, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     out = tmp_path / "losses.json"
-    options: list[str | Path] = ["--n-rows", "8", "--one-document", "--by-position", "--json", out, "--device", "cpu"]
-    done = run(bundle.folder, prepared.data, *options, "--set", "rope.base=100", "--set", "attention.scale=log_n")
-    assert done.returncode == 0, done.stderr
-    assert "changed     rope.base=100, attention.scale=log_n" in done.stdout
+    options = ["--n-rows", "8", "--one-document", "--by-position", "--json", out, "--device", "cpu"]
+    changes = ["--set", "rope.base=100", "--set", "attention.scale=log_n"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [bundle.folder, prepared.data, *options, *changes])])
+    runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
+    assert "changed     rope.base=100, attention.scale=log_n" in capsys.readouterr().out
     config = ModelConfig(
         vocab_size=512, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, rope=RopeConfig(base=100.0)
     )  # log_n is the default

@@ -1,11 +1,14 @@
 """Generation: the cache changes nothing, draws follow the softmax, characters come whole, the program end to end."""
 
+import io
 import itertools
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from megakexue.generate import PREFILL, complete, generate, load_decoder, next_t
 from megakexue.model import Cache, Decoder, initial_weight, parameter_names, resolve, shape
 from megakexue.tokenizer import Tokenizer
 from tests.conftest import Prepared
+from tests.programs import run_without_torch
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -108,28 +112,28 @@ def test_a_row_in_a_batch_is_the_row_alone(changes: dict[str, Any]) -> None:
     # one is longer than a part of the prefill, and another ends in the same part as it begins
     prompts = [torch.randint(1, 500, (n,), generator=generator).tolist() for n in (1, PREFILL + 30, 7, PREFILL)]
     caches = [Cache() for _ in model.blocks]
-    options: dict[str, Any] = {"n_tokens": 40, "temperature": 0.7}
+    options: dict[str, Any] = {"n_tokens": 16, "temperature": 0.7}
     alone = [continuation(model, prompt, **options, stop_id=NEVER, seed=5 + i) for i, prompt in enumerate(prompts)]
     rows = list(generate(model, prompts, **options, stop_id=NEVER, seed=5, caches=caches))
-    assert [list(row) for row in zip(*rows)] == alone and len(rows) == 40
+    assert [list(row) for row in zip(*rows)] == alone and len(rows) == 16
     # a row that ends leaves the others as they are
     stop = alone[2][10]
     ended = list(zip(*generate(model, prompts, **options, stop_id=stop, seed=5)))
     for row, whole in zip(ended, alone):
-        n = whole.index(stop) if stop in whole else 40
+        n = whole.index(stop) if stop in whole else 16
         assert list(row) == whole[:n] + [None] * (len(row) - n)
     assert ended[2][10] is None
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_chosen(model: Decoder, tokenizer: Tokenizer) -> None:
     prompt = [tokenizer.bos_id, *tokenizer.encode("class A:")]
-    options: dict[str, Any] = {"n_tokens": 40, "stop_id": NEVER}
+    options: dict[str, Any] = {"n_tokens": 20, "stop_id": NEVER}
     for temperature in (0.0, 1.0, 5.0):
         free = continuation(model, prompt, **options, temperature=temperature, top_p=1.0)
         assert max(free) >= N_PIECES  # they would be
         known = continuation(model, prompt, **options, temperature=temperature, top_p=1.0, vocab_size=N_PIECES)
         assert max(known) < N_PIECES
-    assert len(texts_of(model, tokenizer, "class A:", n_tokens=40, stop_id=NEVER, temperature=5.0)) == 40
+    assert len(texts_of(model, tokenizer, "class A:", n_tokens=20, stop_id=NEVER, temperature=5.0)) == 20
 
 
 def test_the_seed_decides_the_text(model: Decoder, tokenizer: Tokenizer) -> None:
@@ -171,7 +175,7 @@ def test_draws_follow_the_softmax_of_the_most_probable(temperature: float, top_p
             kept[i] = probabilities[i]
     generator = torch.Generator().manual_seed(0)
     draws = [
-        next_token(torch.tensor(LOGITS), temperature=temperature, top_p=top_p, generator=generator) for _ in range(5000)
+        next_token(torch.tensor(LOGITS), temperature=temperature, top_p=top_p, generator=generator) for _ in range(2000)
     ]
     assert set(draws) <= kept.keys()
     # 20.5 is exceeded once in a thousand times with the 5 degrees of freedom of the widest set
@@ -318,19 +322,33 @@ PROGRAM = ROOT / "tools" / "generate.py"
 
 
 def program(*arguments: str | bytes | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
-    """Return code, stdout, and stderr with the import times left out; asserts that mistakes come before torch."""
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", PROGRAM, *arguments], input=stdin, capture_output=True, env=ENVIRONMENT
-    )
-    lines = done.stderr.decode().splitlines()
-    stderr = "\n".join(line for line in lines if not line.startswith("import time:"))
-    assert "Traceback" not in stderr, stderr
-    assert done.returncode == 0 or not any(re.search(r"\| +torch$", line) for line in lines)
-    return done.returncode, done.stdout, stderr
+    """Return code, stdout, and stderr of a process of its own."""
+    done = subprocess.run([sys.executable, PROGRAM, *arguments], input=stdin, capture_output=True, env=ENVIRONMENT)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@pytest.fixture
+def program_here(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Callable[..., tuple[int, bytes, str]]:
+    """The same in the process of the tests, which has imported torch already."""
+
+    def run(*arguments: str | bytes | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
+        monkeypatch.setattr(sys, "argv", [str(PROGRAM), "--device", "cpu", *map(os.fsdecode, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = 0
+        try:
+            runpy.run_path(str(PROGRAM), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfdbinary.readouterr()
+        return code, out, err.decode()
+
+    return run
 
 
 def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(bundle: Bundle, tmp_path: Path) -> None:
-    for arguments, message in [
+    cases = [
         (["--temperature", "-1"], "--temperature -1.0 must be finite and not negative"),
         (["--temperature", "nan"], "--temperature nan must be finite and not negative"),
         (["--top-p", "0"], "--top-p 0.0 must be above 0 and at most 1"),
@@ -345,27 +363,32 @@ def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(bundle: Bun
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument --prompt"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--n-tokens", "many"], "invalid int value: 'many'"),
-    ]:
-        code, stdout, stderr = program(bundle.folder, *arguments)
-        assert (code, stdout) == (2, b"") and message in stderr, stderr
-    code, stdout, stderr = program(tmp_path / "none", "--prompt", "")
-    assert code == 2 and stderr == f"error: no bundle {tmp_path}/none: make one with tools/export_model.py"
+    ]
+    command_lines = [[str(bundle.folder), *arguments] for arguments, _ in cases]
+    results = run_without_torch(PROGRAM, [*command_lines, [str(tmp_path / "none"), "--prompt", ""]])
+    for (code, stdout, stderr), (_, message) in zip(results[:-1], cases, strict=True):
+        assert (code, stdout) == (2, "") and message in stderr, stderr
+    assert results[-1] == (2, "", f"error: no bundle {tmp_path}/none: make one with tools/export_model.py\n")
 
 
 @pytest.mark.slow
-def test_the_program_shows_prompt_and_text(prepared: Prepared, tmp_path: Path) -> None:
+def test_the_program_shows_prompt_and_text(
+    prepared: Prepared, tmp_path: Path, program_here: Callable[..., tuple[int, bytes, str]]
+) -> None:
     tokenizer = Tokenizer(prepared.tokenizer)
     (last,) = tokenizer.encode("x")
     chain = write_chain(tmp_path / "chain", prepared, [last, *tokenizer.encode("你🙂"), tokenizer.eos_id])
-    code, stdout, stderr = program(chain.folder, "--prompt", "山x", "--greedy", "--n-tokens", "20")
+    code, stdout, stderr = program_here(chain.folder, "--prompt", "山x", "--greedy", "--n-tokens", "20")
     assert code == 0 and stdout.decode() == "山x你🙂\n"
     # two layers, keys and values, two groups of 8 numbers of 4 bytes
-    assert re.fullmatch(r"7 tokens in \d+\.\d\d s: \d+\.\d tokens/s; 256 bytes of cache a token", stderr), stderr
+    said = r"7 tokens in \d+\.\d\d s: \d+\.\d tokens/s; 256 bytes of cache a token\n"
+    assert re.fullmatch(said, stderr), stderr
     # bytes that are no text go through as they are; here the model takes up after a newline and then x
     code, stdout, stderr = program(chain.folder, "--seed", "5", "--temperature", "0.1", stdin=b"\xff\nx")
     assert code == 0 and stdout == b"\xff\nx" + "你🙂\n".encode()
+    assert re.fullmatch(r"warning: 204 tokens are more than the 64 of the model's RoPE context\n" + said, stderr)
     (tmp_path / "prompt").write_bytes(b"1 \xe4\xbdx")
-    code, stdout, stderr = program(
+    code, stdout, stderr = program_here(
         chain.folder, "--prompt-file", tmp_path / "prompt", "--n-samples", "2", "--seed", "3", "--temperature", "0.1",
         "--n-tokens", "60",
     )  # fmt: skip
@@ -374,10 +397,11 @@ def test_the_program_shows_prompt_and_text(prepared: Prepared, tmp_path: Path) -
     assert stderr.startswith("warning: 66 tokens are more than the 64 of the model's RoPE context\n14 tokens in ")
 
 
-@pytest.mark.slow
-def test_the_program_draws_the_same_text_for_a_seed(bundle: Bundle, model: Decoder, tokenizer: Tokenizer) -> None:
-    options = ["--prompt", "", "--n-tokens", "20", "--dtype", "fp32", "--device", "cpu"]
-    code, stdout, stderr = program(bundle.folder, *options, "--n-samples", "2", "--temperature", "3")
+def test_the_program_draws_the_same_text_for_a_seed(
+    bundle: Bundle, model: Decoder, tokenizer: Tokenizer, program_here: Callable[..., tuple[int, bytes, str]]
+) -> None:
+    options = ["--prompt", "", "--n-tokens", "20", "--dtype", "fp32"]
+    code, stdout, stderr = program_here(bundle.folder, *options, "--n-samples", "2", "--temperature", "3")
     assert code == 0, stderr
     samples = re.fullmatch(r"--- seed 0 ---\n(.*)\n--- seed 1 ---\n(.*)\n", stdout.decode(), re.DOTALL)
     assert samples is not None
@@ -385,15 +409,15 @@ def test_the_program_draws_the_same_text_for_a_seed(bundle: Bundle, model: Decod
     assert first != second
     for seed, text in enumerate((first, second)):
         assert text == "".join(texts_of(model, tokenizer, "", n_tokens=20, temperature=3.0, seed=seed))
-    assert program(bundle.folder, *options, "--seed", "1", "--temperature", "3")[1].decode() == second + "\n"
+    assert program_here(bundle.folder, *options, "--seed", "1", "--temperature", "3")[1].decode() == second + "\n"
 
 
 @pytest.mark.slow
 def test_the_program_continues_a_batch(bundle: Bundle, model: Decoder, tokenizer: Tokenizer) -> None:
-    prompts = ["import os", "x", "def f(a, b):"]
+    prompts = ["import os", "x", "def 山(a, b):"]
     given = [argument for prompt in prompts for argument in ("--prompt", prompt)]
     options = ["--n-tokens", "9", "--temperature", "1.5", "--n-samples", "2"]
-    code, stdout, stderr = program(bundle.folder, *given, *options)
+    code, stdout, stderr = program(bundle.folder, *given, *options)  # a process draws what another would
     assert code == 0, stderr
     expected = ""
     for i, prompt in enumerate(prompt for prompt in prompts for _ in range(2)):
@@ -424,12 +448,10 @@ def test_text_streams_and_a_reader_may_leave(bundle: Bundle) -> None:
     assert "Traceback" not in stderr and "BrokenPipe" not in stderr
 
 
-@pytest.mark.slow
-def test_a_device_that_is_not_there_is_an_error(bundle: Bundle) -> None:
-    for device in ("cuda:7", "abacus"):
-        done = subprocess.run(
-            [sys.executable, PROGRAM, bundle.folder, "--prompt", "", "--device", device],
-            capture_output=True, text=True, env=ENVIRONMENT,
-        )  # fmt: skip
-        assert done.returncode == 2 and done.stdout == ""
-        assert re.fullmatch(rf"error: --device {device}: .+\n", done.stderr), done.stderr
+def test_a_device_that_is_not_there_is_an_error(
+    bundle: Bundle, program_here: Callable[..., tuple[int, bytes, str]]
+) -> None:
+    for device in ("cuda:99", "abacus"):
+        code, stdout, stderr = program_here(bundle.folder, "--prompt", "", "--device", device)
+        assert code == 2 and stdout == b""
+        assert re.fullmatch(rf"error: --device {device}: .+\n", stderr), stderr

@@ -16,7 +16,7 @@ LEVELS = [
     {"engine", "describe"},
     {"checkpoint"},
     {"export", "evaluate"},
-    {"generate", "train"},
+    {"generate", "replay", "train"},
 ]
 OWNERS = {
     "omegaconf": {"config", "export"},  # export writes and reads the bundle's YAML
@@ -28,7 +28,7 @@ OWNERS = {
     "zstandard": {"prepare"},
     "flash_attn": {"attention"},
     "deepspeed": {"engine"},
-    "safetensors": {"checkpoint", "export"},
+    "safetensors": {"checkpoint", "export", "replay"},
     "rich": {"metrics"},
     "transformers": set(),
 }

@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from megakexue.config import MetricsConfig, UserError
 from megakexue.metrics import (
     Metrics,
+    StatisticsRecord,
     StepRecord,
+    TensorStatistics,
     ValidationRecord,
     data_sheet_tflops,
     human_count,
     memory_gib,
     peak_flops,
     read_metrics,
+    statistics_line,
     status_line,
 )
 
@@ -50,12 +53,35 @@ def make_record(step: int, **values) -> StepRecord:
     return StepRecord(step=step, **{**defaults, **values})
 
 
+def make_tensor(**values: float) -> TensorStatistics:
+    defaults = {"weight_rms": 0.02, "update_rms": 2e-5, "gradient_rms": 3e-4, "cosine": 0.31, "sign_agreement": 0.62}
+    return TensorStatistics(**{**defaults, **values})
+
+
+def make_statistics(step: int, **values) -> StatisticsRecord:
+    """The statistics of a plausible step, the same each time."""
+    tensors = {"embedding.weight": make_tensor(cosine=0.1 + step / 1000), "blocks.0.attention.wq": make_tensor()}
+    return StatisticsRecord(
+        **{"step": step, "whole": make_tensor(), "tensors": tensors, "n_drifting_rows": 0, **values}
+    )
+
+
 def write_run(run: Path, steps: range, *, resume_step: int = 0, n_steps: int = 20, bad: dict[int, str] | None = None):
     with Metrics(run, QUIET, n_steps=n_steps, resume_step=resume_step) as metrics:
         for step in steps:
             metrics.log_step(make_record(step, status=(bad or {}).get(step, "applied")))
+            if step % 4 == 0:
+                metrics.log_statistics(make_statistics(step))
             if step % 5 == 0:
                 metrics.log_validation(step, 2.6 + 4 / step, 65536)
+
+
+# of programs that run apart; a record goes into their text by its repr, since this module would import torch
+IMPORTS = """
+import dataclasses, pathlib, sys
+from megakexue.config import MetricsConfig
+from megakexue.metrics import Metrics, StepRecord
+"""
 
 
 def run_python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess:
@@ -63,30 +89,42 @@ def run_python(code: str, *arguments: str, **options) -> subprocess.CompletedPro
 
 
 finite_or_not = st.floats(width=64)  # nan, infinities, subnormals and -0.0 included
+tensor_statistics = st.builds(
+    TensorStatistics, **{field.name: finite_or_not for field in dataclasses.fields(TensorStatistics)}
+)
 
 
 @settings(deadline=None)  # it writes files
-@given(loss=finite_or_not, grad_norm=finite_or_not, lr=finite_or_not, valid=finite_or_not)
-def test_floats_come_back_bit_for_bit(tmp_path_factory, loss, grad_norm, lr, valid):
+@given(loss=finite_or_not, grad_norm=finite_or_not, lr=finite_or_not, valid=finite_or_not, tensor=tensor_statistics)
+def test_floats_come_back_bit_for_bit(tmp_path_factory, loss, grad_norm, lr, valid, tensor):
     run = tmp_path_factory.mktemp("run")
     record = make_record(1, loss=loss, grad_norm=grad_norm, lr=lr)
+    statistics = make_statistics(1, whole=tensor, tensors={'词表 "a".b': tensor}, n_drifting_rows=3)
     with Metrics(run, QUIET, n_steps=1, resume_step=0) as metrics:
         metrics.log_step(record)
+        metrics.log_statistics(statistics)
         metrics.log_validation(1, valid, 7)
-    train, validation = read_metrics(run)
-    assert repr(train) == repr(record)  # repr tells -0.0 from 0.0 and takes nan for nan
-    assert repr(validation) == repr(ValidationRecord(step=1, loss=valid, n_tokens=7))
+    # repr tells -0.0 from 0.0 and takes nan for nan
+    assert repr(read_metrics(run)) == repr([record, statistics, ValidationRecord(step=1, loss=valid, n_tokens=7)])
 
 
 def test_lines_are_strict_json(tmp_path):
     with Metrics(tmp_path, QUIET, n_steps=3, resume_step=0) as metrics:
         for step, loss in enumerate([math.nan, math.inf, -math.inf], start=1):
             metrics.log_step(make_record(step, loss=loss))
+        metrics.log_statistics(make_statistics(3, tensors={"gain": make_tensor(cosine=math.nan)}))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     objects = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
-    assert [o["loss"] for o in objects] == ["nan", "inf", "-inf"]
+    assert [o["loss"] for o in objects[:3]] == ["nan", "inf", "-inf"]
     assert objects[0].keys() == {"kind"} | {field.name for field in dataclasses.fields(StepRecord)}
     assert objects[0]["kind"] == "train"
+    assert objects[3] == {
+        "kind": "statistics",
+        "step": 3,
+        "whole": {"weight_rms": 0.02, "update_rms": 2e-5, "gradient_rms": 3e-4, "cosine": 0.31, "sign_agreement": 0.62},
+        "tensors": {"gain": {**objects[3]["whole"], "cosine": "nan"}},
+        "n_drifting_rows": 0,
+    }
 
 
 def test_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
@@ -103,12 +141,10 @@ def test_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
 
 
 def test_killed_process_loses_nothing_that_it_printed(tmp_path):
-    code = """
-import sys, pathlib
-from tests.test_metrics import make_record, Metrics, QUIET
-metrics = Metrics(pathlib.Path(sys.argv[1]), QUIET, n_steps=10**9, resume_step=0)
+    code = f"""{IMPORTS}
+metrics = Metrics(pathlib.Path(sys.argv[1]), MetricsConfig(tensorboard=False), n_steps=10**9, resume_step=0)
 for step in range(1, 10**9):
-    metrics.log_step(make_record(step))
+    metrics.log_step(dataclasses.replace({make_record(1)}, step=step))
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
@@ -170,7 +206,16 @@ def test_a_step_is_logged_once(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    ['{"kind": "train", "step": 2, "lo', "[]", '{"kind": "test"}', '{"kind": "valid", "step": 2}', "\x00\x00", ""],
+    [
+        '{"kind": "train", "step": 2, "lo',
+        "[]",
+        '{"kind": "test"}',
+        '{"kind": "valid", "step": 2}',
+        '{"kind": "statistics", "step": 2, "whole": {}, "tensors": {}, "n_drifting_rows": 0}',
+        '{"kind": "statistics", "step": 2, "whole": [], "tensors": [], "n_drifting_rows": 0}',
+        "\x00\x00",
+        "",
+    ],
 )
 def test_damage_before_the_last_line_is_an_error(tmp_path, damage):
     write_run(tmp_path, range(1, 4))
@@ -209,6 +254,34 @@ def test_status_line():
     )
 
 
+def test_statistics_line():
+    assert statistics_line(make_statistics(100), 200) == (
+        "step    100/200  update/weight 1.0e-03  cosine  0.31  signs 0.62"
+    )
+    # the first step of weights that are zero, and a step that was skipped
+    start = make_tensor(weight_rms=0.0, cosine=-0.25, sign_agreement=1.0)
+    assert statistics_line(make_statistics(1, whole=start), 200) == (
+        "step      1/200  update/weight     nan  cosine -0.25  signs 1.00"
+    )
+    skipped = make_tensor(update_rms=0.0, gradient_rms=math.nan, cosine=math.nan, sign_agreement=0.0)
+    assert statistics_line(make_statistics(3, whole=skipped), 200) == (
+        "step      3/200  update/weight 0.0e+00  cosine   nan  signs 0.00"
+    )
+
+
+def test_drifting_rows_are_a_warning(tmp_path, capsys):
+    with Metrics(tmp_path, QUIET, n_steps=200, resume_step=0) as metrics:
+        metrics.log_statistics(make_statistics(100))
+        metrics.log_statistics(make_statistics(200, n_drifting_rows=12))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [
+        statistics_line(make_statistics(100), 200),
+        statistics_line(make_statistics(200), 200),
+        "WARNING: embedding rows with an RMS beyond a tenth of 1 / optim.weight_decay: 12. Sign updates drive the rows "
+        "of rare tokens to +-1 / optim.weight_decay (9736): set optim.embedding=lazy",
+    ]
+
+
 @pytest.mark.parametrize(
     "n, text",
     [
@@ -226,13 +299,12 @@ def test_human_count(n, text):
     assert human_count(n) == text
 
 
-SHORT_RUN = """
-import sys, pathlib
-from tests.test_metrics import make_record, Metrics, MetricsConfig
+SHORT_RUN = f"""{IMPORTS}
 config = MetricsConfig(tensorboard=False, every_steps=10)
 with Metrics(pathlib.Path(sys.argv[1]), config, n_steps=30, resume_step=0) as metrics:
     for step in range(1, 31):
-        metrics.log_step(make_record(step, status="skipped" if step == 17 else "applied"))
+        status = "skipped" if step == 17 else "applied"
+        metrics.log_step(dataclasses.replace({make_record(1)}, step=step, status=status))
         if step == 12:
             metrics.message("数据 [red]as it is[/red] :smile: 🐯")
         if step == 29 and len(sys.argv) > 2:
@@ -311,10 +383,22 @@ def test_tensorboard_scalars_and_their_resume(tmp_path):
         with Metrics(tmp_path, config, n_steps=10, resume_step=resume_step) as metrics:
             for step in steps:
                 metrics.log_step(make_record(step, loss=step + shift, status="skipped" if step == 3 else "applied"))
+                if step in (4, 8):
+                    metrics.log_statistics(make_statistics(step, n_drifting_rows=step))
             metrics.log_validation(steps[-1], 2.0, 64)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "loss_scale", "data_wait_s")
-    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in names} | {"valid/loss"}
+    fields = [field.name for field in dataclasses.fields(TensorStatistics)]
+    tensors = ("", "embedding.weight/", "blocks.0.attention.wq/")
+    assert set(events.Tags()["scalars"]) == (
+        {f"train/{name}" for name in names}
+        | {"valid/loss", "statistics/n_drifting_rows"}
+        | {f"statistics/{tensor}{field}" for tensor in tensors for field in fields}
+    )
+    cosines = [(event.step, event.value) for event in events.Scalars("statistics/embedding.weight/cosine")]
+    assert cosines == [(4, pytest.approx(0.104)), (8, pytest.approx(0.108))]  # float32
+    assert [(event.step, event.value) for event in events.Scalars("statistics/n_drifting_rows")] == [(4, 4), (8, 8)]
+    assert [event.value for event in events.Scalars("statistics/cosine")] == pytest.approx([0.31, 0.31])
     loss = [(event.step, event.value) for event in events.Scalars("train/loss")]
     # steps 6 to 8 of the first start are gone, as in metrics.jsonl
     assert loss == [(step, step if step <= 5 else step + 100) for step in range(1, 11)]

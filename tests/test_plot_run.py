@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_metrics import Metrics, MetricsConfig, make_record
+from tests.test_metrics import Metrics, MetricsConfig, make_record, make_statistics
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "plot_run.py"
 
@@ -27,6 +27,8 @@ def write_run(run: Path, n_steps: int, *, every_steps: int = 1, bad: dict[int, s
             status = (bad or {}).get(step, "applied")
             loss = math.nan if status == "skipped" else loss_at(step)
             metrics.log_step(make_record(step, loss=loss, status=status, tokens_per_s=1000.0 * step, step_s=1.5))
+            if step % 20 == 0:
+                metrics.log_statistics(make_statistics(step))
             if step % 50 == 0:
                 metrics.log_validation(step, loss_at(step) + 0.5, 65536)
     return run
@@ -48,7 +50,7 @@ def test_report(run):
         "baseline    unigram 6.5000: the last validation loss is 3.9600 below it",
         "baseline    entropy 1.7500: the last validation loss is 0.7900 above it",
         "tokens      819,200, epoch 0.667, median 100k tok/s",
-        "steps       197 applied, 2 skipped, 1 shrunk",
+        "steps       197 applied, 2 skipped (at 60, 61), 1 shrunk (at 150)",
         "wall time   0:05:00 in steps, 1.5 s each",
     ]
     assert len(lines) <= 24  # one screen
@@ -88,6 +90,15 @@ def test_report_without_validation_and_with_thinned_steps(tmp_path):
     assert "wall time   about 0:01:00 in steps, 1.5 s each" in result.stdout
     single = tool(write_run(tmp_path / "single", 1), "--report")
     assert (single.returncode, single.stderr) == (0, "")
+    assert "\nsteps       1 applied\n" in single.stdout
+
+
+def test_report_names_the_first_steps_of_each_status(tmp_path):
+    bad = {4: "rolled back", 7: "skipped", 8: "skipped", 9: "skipped", 30: "skipped", 31: "shrunk"}
+    result = tool(write_run(tmp_path / "run", 40, every_steps=20, bad=bad), "--report")
+    assert (
+        "\nsteps       34 applied, 1 rolled back (at 4), 4 skipped (at 7, 8, 9, ...), 1 shrunk (at 31)\n"
+    ) in result.stdout
 
 
 def test_report_on_a_terminal_that_knows_ascii_alone(run):

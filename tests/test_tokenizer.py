@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from megakexue import tokenizer as module
 from megakexue.config import UserError, sha256
 from megakexue.tokenizer import BLOCK, CUT_CHARS, Sample, Tokenizer, set_sample_seed, train_tokenizer
+from tests.programs import run_without_torch
 
 ROOT = Path(__file__).parents[1]
 CHINESE = "科学空间：我们可以无损放大一个模型吗？从零开始训练语言模型，词表越大越好吗？\n"
@@ -184,12 +185,12 @@ def lattice_law(tokenizer: Tokenizer, text: str, alpha: float) -> dict[tuple[int
 def test_sampling_law(unigram: Tokenizer, alpha: float, cut_chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square against the enumeration, the rare segmentations pooled. A cut must not change the law."""
     monkeypatch.setattr(module, "CUT_CHARS", cut_chars)
-    text, n = " return default in list:\n", 20_000
+    text, n = " return default in list:\n", 10_000
     law = lattice_law(unigram, text, alpha)
     assert len(law) > 50
     counts = Counter(tuple(unigram.sample(text, alpha)) for _ in range(n))
     assert counts.keys() <= law.keys()
-    common = [seg for seg in law if n * law[seg] >= 10]
+    common = [seg for seg in law if n * law[seg] >= 5]
     cells = [(counts[seg], n * law[seg]) for seg in common]
     rare = n - sum(count for count, _ in cells), n - sum(mean for _, mean in cells)
     cells += [rare] if rare[1] >= 5 else []
@@ -404,10 +405,10 @@ def test_the_limits_that_errors_name_are_right(tmp_path: Path) -> None:
 # The program
 
 
-def run_tool(*arguments: object, code: int = 0) -> str:
+def run_tool(*arguments: object) -> str:
     command = [sys.executable, ROOT / "tools/train_tokenizer.py", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == code, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
@@ -449,22 +450,33 @@ def test_tool_reads_every_kind_of_file(corpus: Path, tmp_path: Path) -> None:
 
 def test_tool_errors(corpus: Path, tmp_path: Path) -> None:
     out, size = tmp_path / "t.model", ["--vocab-size", 400, "--kind", "bpe"]
-    assert "no string at 'text': name the field with --text-key" in run_tool(corpus, *size, "--out", out, code=2)
-    assert "no such file, no match" in run_tool(tmp_path / "no*", *size, "--out", out, code=2)
-    assert "must end in .model" in run_tool(corpus, *size, "--out", tmp_path / "t", code=2)
+
+    def refused(*cases: tuple[list[object], str]) -> None:
+        command_lines = [list(map(str, arguments)) for arguments, _ in cases]
+        results = run_without_torch(ROOT / "tools/train_tokenizer.py", command_lines)
+        for (code, _, err), (_, message) in zip(results, cases, strict=True):
+            assert code == 2 and message in err, err
+
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
-    assert "bad.jsonl:2: no JSON" in run_tool(tmp_path / "bad.jsonl", *size, "--out", out, code=2)
     (tmp_path / "bad.gz").write_bytes(gzip.compress(b"text" * 100)[:-9])
-    assert "bad.gz: cannot read it" in run_tool(tmp_path / "bad.gz", *size, "--out", out, code=2)
-    assert "required: --out" in run_tool(corpus, *size, code=2)
+    refused(
+        ([corpus, *size, "--out", out], "no string at 'text': name the field with --text-key"),
+        ([tmp_path / "no*", *size, "--out", out], "no such file, no match"),
+        ([corpus, *size, "--out", tmp_path / "t"], "must end in .model"),
+        ([tmp_path / "bad.jsonl", *size, "--out", out], "bad.jsonl:2: no JSON"),
+        ([tmp_path / "bad.gz", *size, "--out", out], "bad.gz: cannot read it"),
+        ([corpus, *size], "required: --out"),
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gz", "bad.jsonl", "corpus"]
 
     text = corpus / "deep/a.txt"
-    for vocab_size in ([1], []):
-        out.write_bytes(b"old")
-        said = run_tool(text, *size, *(["--vocab-size", *vocab_size] if vocab_size else []), "--out", out, code=2)
-        assert "t.model exists: choose another --out, or pass --overwrite" in said
-    assert "use at least" in run_tool(text, "--vocab-size", 262, "--out", out, "--overwrite", code=2)
+    out.write_bytes(b"old")
+    exists = "t.model exists: choose another --out, or pass --overwrite"
+    refused(
+        ([text, *size, "--vocab-size", 1, "--out", out], exists),
+        ([text, *size, "--out", out], exists),
+        ([text, "--vocab-size", 262, "--out", out, "--overwrite"], "use at least"),
+    )
     assert out.read_bytes() == b"old"
     run_tool(text, *size, "--out", out, "--overwrite")
     assert Tokenizer(out).vocab_size == 400

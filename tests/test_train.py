@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -179,24 +180,34 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> Non
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
 
 
-def train_poisoned(config: Config) -> str:
-    """Train with an embedding that is NaN from the third step on."""
+def train_poisoned(config: Config, factors: dict[int, float]) -> str:
+    """Train with the embedding of the last rank multiplied by `factors[step]` in those steps."""
+    import torch
+
     from megakexue.guard import TrainingStopped
     from megakexue.model import Embedding
     from megakexue.train import train
 
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    n_micro_batches = config.train.n_micro_batches(world_size)
     forward, n_calls = Embedding.forward, 0
+    folders = (Path(config.train.run) / "checkpoints").glob("step_*")
+    first = max((int(path.name[5:]) for path in folders), default=0)
 
     def poisoned(self: Any, tokens: Any) -> Any:
         nonlocal n_calls
-        n_calls += 1
-        return forward(self, tokens) * (float("nan") if n_calls > 2 else 1.0)
+        step = first + n_calls // n_micro_batches + 1
+        n_calls += torch.is_grad_enabled()
+        out = forward(self, tokens)
+        return out * factors[step] if step in factors and rank == world_size - 1 else out
 
     Embedding.forward = poisoned  # type: ignore[method-assign]
     try:
         train(config)
     except TrainingStopped as error:
         return str(error)
+    finally:
+        Embedding.forward = forward  # type: ignore[method-assign]
     return "went on"
 
 
@@ -214,12 +225,70 @@ def test_bad_steps_end_the_run_and_are_on_record(
         prepared, tmp_path, f"guard.on_nonfinite={policy}", "guard.max_bad_steps=2", "train.micro_batch_size=16",
         "evaluate.every_steps=null",
     )  # fmt: skip
-    (message,) = run_on_ranks(1, train_poisoned, config)
-    assert f"step {last_step}: loss nan" in message and words in message and "ranks with a bad loss" in message
+    (message,) = run_on_ranks(1, train_poisoned, config, {step: math.nan for step in range(3, 9)})
+    assert f"step {last_step}: loss nan" in message and words in message
+    assert "gradients that are not finite: embedding.weight and 19 more; ranks whose own loss is not: [0]" in message
     assert [r["status"] for r in records(tmp_path)] == ["applied"] * 2 + ["skipped"] * (last_step - 2)
     assert records(tmp_path)[-1]["loss"] == "nan"
     log = (tmp_path / "logs" / "rank_0.log").read_text()
-    assert re.search(r"rows of this rank: \['.*train/shard.00000.mds row \d+', ", log)
+    assert re.search(r"rows of this rank: \[\['.*train/shard.00000.mds row \d+', ", log)
+    dump = tmp_path / "dumps" / f"step_{last_step:08d}"
+    assert f"`tools/replay_step.py {dump}`" in message
+    trainer = json.loads((dump / "trainer.json").read_text())
+    assert trainer["reason"] in message and len(trainer["rows"]["0"][0]) == 16
+
+
+def poisoned_runs(runs: list[tuple[Config, dict[int, float]]]) -> list[str]:
+    return [train_poisoned(config, factors) for config, factors in runs]
+
+
+@pytest.mark.slow
+def test_rolled_back_is_as_if_the_steps_since_the_checkpoint_had_been_skipped(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    runs = []
+    for stage, name in ((1, "tiger"), (3, "adamw")):
+        for run, policy, bad in (("rolled_back", "rollback", (1, 5)), ("skipped", "skip", (1, 4, 5))):
+            options = [f"engine.zero_stage={stage}", f"guard.on_nonfinite={policy}", "checkpoint.every_steps=3",
+                       f"optim.name={name}", "evaluate.every_steps=null"]  # fmt: skip
+            factors = dict.fromkeys(bad, math.inf)
+            runs.append((tiny_config(prepared, tmp_path / f"{run}_{stage}", *options), factors))
+            if policy == "rollback":
+                # stopped at the checkpoint that it goes back to: it rolls back again
+                stopped = tmp_path / f"stopped_{stage}"
+                runs.append((tiny_config(prepared, stopped, *options, "train.stop_at_step=3"), factors))
+                runs.append((tiny_config(prepared, stopped, *options), factors))
+    assert run_on_ranks(2, poisoned_runs, runs) == [["went on"] * len(runs)] * 2
+    for stage in (1, 3):
+        rolled_back, skipped, stopped = (tmp_path / f"{run}_{stage}" for run in ("rolled_back", "skipped", "stopped"))
+        statuses = [r["status"] for r in records(rolled_back) if r["kind"] == "train"]
+        assert statuses == ["rolled back"] + ["applied"] * 3 + ["rolled back"] + ["applied"] * 3
+        for other in (skipped, stopped):
+            files = [state_hashes(run, 8) for run in (rolled_back, other)]
+            ranks = [{k: v for k, v in hashes.items() if k != "trainer.json"} for hashes in files]
+            assert len(ranks[0]) == 2 and ranks[0] == ranks[1], other
+        assert column(rolled_back) == column(stopped)
+        # what step 4 learned is gone, and the same steps as in the other run follow
+        assert column(rolled_back)[5:] == column(skipped)[5:]
+
+
+@pytest.mark.slow
+def test_spikes_are_logged_skipped_or_rolled_back(prepared: Prepared, tmp_path: Path) -> None:
+    expected = {"log": "applied", "skip": "skipped", "rollback": "rolled back"}
+    options = ["train.steps=14", "guard.spike_window=16", "evaluate.every_steps=null", "optim.lr=1e-3"]
+    runs = [
+        (tiny_config(prepared, tmp_path / policy, *options, f"guard.on_spike={policy}"), {11: 40.0})
+        for policy in expected
+    ]
+    run_on_ranks(2, poisoned_runs, runs)
+    for policy, status in expected.items():
+        statuses = [r["status"] for r in records(tmp_path / policy)]
+        assert statuses == ["applied"] * 10 + [status] + ["applied"] * 3, policy
+        log = (tmp_path / policy / "logs" / "rank_1.log").read_text()
+        assert re.search(r"step 11: loss .*: a spike, .* sigmas above .*; gradients that are not finite: none", log)
+    # a resumed run would decide alike: the window is in the checkpoint
+    state = json.loads((tmp_path / "log" / "checkpoints" / "step_00000014" / "trainer.json").read_text())
+    assert len(state["guard"]["losses"]) == 14
 
 
 def train_expecting(config: Config) -> str:

@@ -42,7 +42,7 @@ def main() -> None:
         model = resolve(config.model, config.optim.name, config.data.seq_len)
     except UserError as error:
         raise UserError(f"{args.config}: {error}") from error
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=model, optim=config.optim.resolved(model.tie_embeddings))
     print(describe(config, args.ranks))
     for note in base_notes(model):
         print(note)

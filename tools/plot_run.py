@@ -8,7 +8,6 @@ import math
 import os
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ frequencies, which a model that ignores the context cannot beat.
 """
 
 CURVE_WIDTH, CURVE_HEIGHT = 60, 12  # characters; each is 2 by 4 dots of braille
+N_BAD_SHOWN = 3  # of the steps that were not applied, for each status
 N_SMOOTHED = 50  # a smoothed point averages one part in so many of the run
 
 
@@ -206,9 +206,15 @@ def report(run: Run, baselines: dict[str, float]) -> None:
         print(f"{'baseline':<12}{name} {value:.4f}: the last {which} loss is {abs(value - against):.4f} {side} it")
     rate = statistics.median(record.tokens_per_s for record in run.train)
     print(f"{'tokens':<12}{last.tokens:,}, epoch {last.epoch:.3g}, median {human_count(rate)} tok/s")
-    bad: Counter[Status] = Counter(record.status for record in run.train if record.status != "applied")
-    counts: dict[Status, int] = {"applied": last.step - bad.total(), **bad}
-    print(f"{'steps':<12}" + ", ".join(f"{n:,} {status}" for status, n in counts.items()))
+    bad: dict[Status, list[int]] = {}  # always recorded, whatever metrics.every_steps is
+    for record in run.train:
+        if record.status != "applied":
+            bad.setdefault(record.status, []).append(record.step)
+    counts = [f"{last.step - sum(map(len, bad.values())):,} applied"]
+    for status, steps in bad.items():
+        first = ", ".join(map(str, steps[:N_BAD_SHOWN])) + (", ..." if len(steps) > N_BAD_SHOWN else "")
+        counts.append(f"{len(steps):,} {status} (at {first})")
+    print(f"{'steps':<12}" + ", ".join(counts))
     mean = statistics.mean(record.step_s for record in run.train)
     about = "" if len(run.train) == last.step else "about "
     wall = datetime.timedelta(seconds=round(mean * last.step))

@@ -1,0 +1,34 @@
+"""Run a program of tools/ with many command lines in one process, which costs one start of Python for all of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import contextlib, io, json, runpy, sys
+
+program, results = sys.argv[1], []
+for arguments in json.load(sys.stdin):
+    sys.argv, out, err = [program, *arguments], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(program, run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    results.append((code, out.getvalue(), err.getvalue(), "torch" in sys.modules))
+json.dump(results, sys.stdout)
+"""
+
+
+def run_without_torch(program: Path, command_lines: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Return exit code, stdout and stderr of each; asserts that none of them has imported torch."""
+    command = [sys.executable, "-c", CODE, str(program)]
+    done = subprocess.run(command, input=json.dumps(command_lines), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = []
+    for arguments, (code, out, err, has_torch) in zip(command_lines, json.loads(done.stdout), strict=True):
+        assert not has_torch, f"{arguments} imported torch"
+        results.append((code, out, err))
+    return results
