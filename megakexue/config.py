@@ -429,7 +429,12 @@ class OptimConfig:
             self.accumulate == "gradient" or self.embedding != "adamw",
             "optim.embedding=adamw needs the whole gradient: set optim.accumulate=gradient",
         )
-        require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive; optim.clip=null turns it off")
+        require(
+            self.eps == 1e-8 or "adamw" in (self.name, self.embedding),
+            f"optim.eps={self.eps} has no effect with optim.name={self.name}: leave it at 1e-8",
+        )
+        norm = self.clip_norm
+        require(0 < norm < math.inf, f"optim.clip_norm={norm} must be positive; optim.clip=null turns it off")
         require(0 <= self.final_lr <= 1, f"optim.final_lr={self.final_lr} is a factor: it must be in [0, 1]")
         require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
         decay = self.decay_steps
@@ -503,6 +508,11 @@ class GuardConfig:
             "use shrink",
         )
         require(0 < self.spike_sigmas < math.inf, f"guard.spike_sigmas={self.spike_sigmas} must be positive")
+        require(
+            self.on_spike is not None or (self.spike_sigmas, self.spike_window) == (6.0, 128),
+            f"guard.spike_sigmas={self.spike_sigmas} and guard.spike_window={self.spike_window} have no effect with "
+            "guard.on_spike=null: leave them at 6.0 and 128",
+        )
         require(self.spike_window >= 8, f"guard.spike_window={self.spike_window} must be at least 8, for a median")
 
 

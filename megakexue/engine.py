@@ -160,7 +160,8 @@ class Engine:
         masters = [segment.of(self.flats[segment.flat]) for segment in self.segments]
         of_ranks = dist.gather({str(ranks.rank): cut_rows(self.segments)})
         cut = sorted({row for rows in of_ranks.values() for row in rows})
-        self.optimizer = Optimizer(config.optim, self.segments, masters, parameter_names(config.model), cut)
+        names = parameter_names(config.model)
+        self.optimizer = Optimizer(config.optim, self.segments, masters, names, cut, self.device)
         self.emo_rows: Tensor | None = None
         """With `loss.emo`: the rows of the head that training started from, of length 1."""
 

@@ -267,7 +267,6 @@ class Window:
     """What momentum accumulation knows of the micro-batches of a step, by parameter, on the device."""
 
     has_decayed: Tensor
-    is_bad: Tensor
     touched: list[Tensor] = field(default_factory=list)
 
 
@@ -279,6 +278,7 @@ class Optimizer:
         masters: the view of each segment, float32.
         names: every parameter of the model, the same on all ranks.
         cut_rows: (parameter, row) of every embedding row that is cut between segments anywhere, the same on all ranks.
+        device: of the masters; None: the CPU.
     """
 
     def __init__(
@@ -288,6 +288,7 @@ class Optimizer:
         masters: list[Tensor],
         names: list[str],
         cut_rows: list[tuple[str, int]],
+        device: torch.device | None = None,
     ) -> None:
         assert config.lr is not None and config.weight_decay is not None, "resolve the config first"
         self.config, self.segments, self.masters, self.names = config, segments, masters, names
@@ -300,11 +301,16 @@ class Optimizer:
         ]  # fmt: skip
         self._parts = parts(segments)
         slots = {name: i for i, name in enumerate(names)} | {key: len(names) + i for i, key in enumerate(cut_rows)}
-        self._device = masters[0].device if masters else torch.device("cpu")
+        self._device = device or torch.device("cpu")
         self._dtype = masters[0].dtype if masters else torch.float32
         self._n_slots = len(slots)
         self._name_slots = [slots[segments[p.segment].name] for p in self._parts]
         self._row_slots = [None if p.row is None else slots[segments[p.segment].name, p.row] for p in self._parts]
+        cut = [(i, slot) for i, slot in enumerate(self._row_slots) if slot is not None]
+        index = [self._name_slots, [slot for _, slot in cut], [i for i, _ in cut]]
+        self._name_index, self._row_index, self._cut_index = (
+            torch.tensor(x, dtype=torch.long, device=self._device) for x in index
+        )
         self._kernels, self.kernel_reason = kernels(self._device, sum(m.numel() for m in masters))
         self._zero = torch.zeros(1, dtype=torch.float64, device=self._device)
         roles = [segments[part.segment].role for part in self._parts]
@@ -339,11 +345,8 @@ class Optimizer:
         total = torch.zeros(self._n_slots, dtype=torch.float64, device=self._device)
         if rows:
             of_parts = torch.stack([row.sum() for row in rows])
-            total.index_add_(0, torch.tensor(self._name_slots, device=self._device), of_parts)
-            cut = [i for i, slot in enumerate(self._row_slots) if slot is not None]
-            if cut:
-                slots = torch.tensor([self._row_slots[i] for i in cut], device=self._device)
-                total.index_add_(0, slots, of_parts[torch.tensor(cut, device=self._device)])
+            total.index_add_(0, self._name_index, of_parts)
+            total.index_add_(0, self._row_index, of_parts[self._cut_index])
         return Sums(rows=rows, total=total)
 
     # --- accumulation in the momentum --------------------------------------------------------------------------------
@@ -360,17 +363,16 @@ class Optimizer:
         assert self.config.beta1 is not None
         if self._window is None:
             zeros = torch.zeros_like(ok)
-            self._window = Window(has_decayed=zeros.clone(), is_bad=zeros.clone())
+            self._window = Window(has_decayed=zeros)
         window = self._window
         # the decay belongs to the window: its first good micro-batch does it, whichever that is
-        betas = torch.where(ok & ~window.has_decayed, self.config.beta1, 1.0).to(self._dtype)
+        betas = torch.where(window.has_decayed, self._scalar(1.0), self._scalar(self.config.beta1))
         scale = ((1 - self.config.beta1) * factor).to(self._dtype)
         for i, part in enumerate(self._parts):
             slot = self._name_slots[i]
             momentum = part.of(self.state[part.segment]["momentum"])
             self._kernels["_tiger_absorb"](momentum, part.of(gradients[part.segment]), ok[slot], betas[slot], scale)
         window.has_decayed |= ok
-        window.is_bad |= ~ok
         touched = [ok[slot] & moved for slot, moved in zip(self._name_slots, self._touched(sums))]
         window.touched = [a | b for a, b in zip(window.touched, touched)] if window.touched else touched
 
@@ -561,4 +563,4 @@ def _adamw(
 LANES = 16
 """fp32 elements in the widest vector register of a CPU."""
 PIECE = 2**20
-"""Elements of a gradient that are made fp32 at a time, a multiple of LANES."""
+"""Elements of a gradient that are made fp32 at a time."""

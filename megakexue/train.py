@@ -167,8 +167,8 @@ def train(config: Config) -> None:
                     f"{checkpoint.step_of(folder) + 1} to {step} are left out"
                 )
             step_s = time.perf_counter() - began
-            rows = [[data.locate(sample) for sample in batch.samples] for batch in micro_batches]
             if result.note is not None:
+                rows = [[data.locate(sample) for sample in batch.samples] for batch in micro_batches]
                 log.warning("%s; %s; rows of this rank: %s", result.note, _culprits(result), rows)
             if metrics:
                 flops = flops_per_token(config.model, _mean_visible_keys(micro_batches)) * config.batch_tokens
@@ -348,7 +348,7 @@ def _check_resume(trainer: dict[str, Any], config: Config, data: Batches) -> Non
     differing = _differences(trainer["config"]["model"], _plain(config.model), "model.")
     differing = [line for line in differing if not line.startswith("model.attention.backend")]
     old, new = trainer["config"]["optim"], _plain(config.optim)
-    states = [(o["name"], o["embedding"] == "adamw") for o in (old, new)]
+    states = [(o["name"], o.get("embedding") == "adamw") for o in (old, new)]
     if states[0] != states[1]:
         lines = _differences(old, new, "optim.")
         differing += [line for line in lines if line.split()[0] in ("optim.name", "optim.embedding")]

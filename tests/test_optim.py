@@ -456,8 +456,8 @@ def test_adamw_equals_torch_and_float64() -> None:
 @pytest.mark.parametrize("name", ["tiger", "lion"])
 def test_embedding_by_adamw_moves_the_embedding_alone(name: str) -> None:
     weights = random_tensors(SHAPES, 0)
-    base = {"lr": 1e-2, "weight_decay": 0.02, "eps": 1e-5}
-    model = Model(make_config(name, embedding="adamw", embedding_lr=3e-3, **base), weights)
+    base = {"lr": 1e-2, "weight_decay": 0.02}
+    model = Model(make_config(name, embedding="adamw", embedding_lr=3e-3, eps=1e-5, **base), weights)
     plain = Model(make_config(name, embedding="dense", **base), weights)
     p = torch.nn.Parameter(weights["embedding"].clone())
     reference = torch.optim.AdamW([p], betas=(0.9, 0.95), eps=1e-5, weight_decay=0.02, foreach=False)
@@ -480,7 +480,7 @@ def test_embedding_by_adamw_moves_the_embedding_alone(name: str) -> None:
 def test_adamw_of_a_long_tensor_does_not_depend_on_cuts(dtype: torch.dtype) -> None:
     # long enough for the kernel to be split over threads, and a gradient of half precision into pieces, which must not
     # bring the kernel's scalar code back
-    shape = {"w": (3, 400_001)}
+    shape: dict[str, tuple[int, ...]] = {"w": (3, 400_001)}
     cuts = (1, 17, 65_535, 65_537, 140_002, 1_200_000)
     models = [Model(make_config("adamw"), random_tensors(shape, 0), c) for c in ((), cuts)]
     for step in range(2):
@@ -779,7 +779,8 @@ def test_states_by_rule() -> None:
 
 @pytest.mark.parametrize("name", ["tiger", "lion", "adamw"])
 @pytest.mark.parametrize("cuts", [(), (3, 50, 99)])
-def test_statistics(name: str, cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics(name: str, cuts: tuple[int, ...], dtype: torch.dtype) -> None:
     model = Model(make_config(name, lr=0.03), random_tensors(SHAPES, 0), cuts)
     model.step(random_tensors(SHAPES, 1))
     assert all(o.last_statistics is None for o in model.ranks)
@@ -787,13 +788,13 @@ def test_statistics(name: str, cuts: tuple[int, ...]) -> None:
     gradients["embedding"][2:5] = 0
     gradients["w"][1, 1] = 0
     before = model.theta
-    model.step({n: g.bfloat16() for n, g in gradients.items()}, factor=0.25, statistics=True)
+    model.step({n: g.to(dtype) for n, g in gradients.items()}, factor=0.25, statistics=True)
     after = model.theta
     table = torch.stack([o.last_statistics for o in model.ranks if o.last_statistics is not None]).sum(0)
     assert table.shape == (len(SHAPES), N_STATISTICS)
     for row, tensor in zip(table, SHAPES):
         old, new = before[tensor].double().numpy(), after[tensor].double().numpy()
-        g, change = gradients[tensor].bfloat16().double().numpy() * 0.25, new - old
+        g, change = gradients[tensor].to(dtype).double().numpy() * 0.25, new - old
         has = g != 0
         expected = [
             (old**2).sum(), (change**2).sum(), (g**2).sum(), -(change * g).sum(), has.sum(),

@@ -75,7 +75,9 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
     for kind, stage, dtype in cases:
         name, model = f"{kind}_{stage}_{dtype}", f"tiny_{kind}"
         options = [f"engine.zero_stage={stage}", f"engine.dtype={dtype}", f"train.global_batch_size={batch}",
-                   "guard.loss_scale_window=3"]  # fmt: skip
+                   "guard.loss_scale_window=3", "metrics.statistics_every_steps=7"]  # fmt: skip
+        if (kind, stage, dtype) == ("gqa", 2, "fp32"):
+            options.append("optim.accumulate=momentum")
         configs.append(tiny_config(prepared, tmp_path / f"straight_{name}", *options, name=model))
         stopped = tmp_path / f"stopped_{name}"
         configs.append(tiny_config(prepared, stopped, *options, "train.stop_at_step=5", name=model))
@@ -97,7 +99,9 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
             (a if run == straight else b)["trainer.json"] = state
         assert a == b, name
     # and the stages agree with one another: sums in another order, stated in tests/test_engine.py
-    losses = {name: [r["loss"] for r in records(tmp_path / f"straight_{name}")] for name in names}
+    losses = {
+        name: [r["loss"] for r in records(tmp_path / f"straight_{name}") if r["kind"] != "statistics"] for name in names
+    }
     for name in names:
         kind, _, dtype = name.split("_")
         rel = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}[dtype]
