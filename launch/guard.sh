@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The guard on real text: 300 steps of the tiny model on two ranks, clean, with 50 non-finite numbers in random
 # micro-batches under two policies, and in fp16 from a loss scale of 2^24. docs/experiments.md says what came out.
-# Everything is written under runs/guard; `make demo` makes the data. Started again, it goes on where it was stopped.
+# Everything is written under runs/guard; `make demo` makes the data. Started again, it makes the runs that are missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=runs/guard

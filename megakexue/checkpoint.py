@@ -31,7 +31,7 @@ from megakexue.config import UserError, read_json, sha256
 from megakexue.engine import Engine
 from megakexue.optim import Segment
 
-FORMAT = 2
+FORMAT = 3
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
@@ -57,27 +57,29 @@ def save(
     ranks = engine.ranks
     final = checkpoints / f"step_{step:08d}"
     folder = final.with_suffix(".tmp")
+    failure = {}
     if ranks.is_first:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in checkpoints.glob("*.tmp"):
-            shutil.rmtree(leftover)
-        folder.mkdir()
-    dist.barrier()
+        try:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in checkpoints.glob("*.tmp"):
+                shutil.rmtree(leftover)
+            folder.mkdir()
+        except OSError as error:  # the others must not be left waiting
+            failure = {"rank 0": str(error)}
+    _raise_together(final, failure)
     tensors = {f"rng/{name}": state for name, state in _random_state().items()} | (own or {})
     for i, (segment, views) in enumerate(engine.state_tensors()):
         if engine.is_sharded or i % ranks.world_size == ranks.rank:
             # copies, since safetensors refuses views that share storage
             for kind, view in views.items():
                 tensors[f"{kind}/{segment.name}/{segment.start}"] = view.to("cpu", copy=True)
-    name, failure = f"rank_{ranks.rank:05d}.safetensors", {}
+    name = f"rank_{ranks.rank:05d}.safetensors"
     try:
         save_file(tensors, folder / name)
         entry = {name: _seal(folder / name)}
     except (OSError, SafetensorError) as error:  # a full disk here must not leave the others waiting
         entry, failure = {}, {f"rank {ranks.rank}": str(error)}
-    failures = dist.gather(failure)
-    if failures:
-        raise OSError(f"cannot save {final}: {failures}: make room, then run the same command again")
+    _raise_together(final, failure)
     entries = dist.gather(entry)
     if ranks.is_first:
         _write_json(folder / "trainer.json", trainer)
@@ -96,6 +98,13 @@ def save(
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def _raise_together(folder: Path, failure: dict[str, str]) -> None:
+    """Raise on all ranks what has failed on any."""
+    failures = dist.gather(failure)
+    if failures:
+        raise OSError(f"cannot save {folder}: {failures}: make room, then run the same command again")
 
 
 def find(checkpoints: Path, ranks: dist.Ranks) -> tuple[Path | None, list[str]]:

@@ -377,7 +377,7 @@ class OptimConfig:
     lazy: a row moves only in steps that gave it a gradient; dense: as any other; adamw: by AdamW with betas of 0.9 and
     0.95. None: lazy, and dense when it is tied to the head, which gives every row a gradient."""
     embedding_lr: float | None = None
-    """Peak learning rate of `embedding: adamw`. None: lr."""
+    """Peak learning rate of `embedding: adamw`, absolute as AdamW's. None: 3e-4."""
     accumulate: Literal["gradient", "momentum"] = "gradient"
     """gradient: micro-batches are added up in a gradient of the training dtype. momentum (tiger): in its momentum, in
     fp32 and with no other buffer (8634); `clip` then applies to each micro-batch."""
@@ -469,7 +469,7 @@ class OptimConfig:
         if self.name != "adamw":
             values["embedding"] = "dense" if tie_embeddings else "lazy"
         if self.embedding == "adamw":
-            values["embedding_lr"] = self.lr or lr
+            values["embedding_lr"] = 3e-4
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
@@ -481,7 +481,7 @@ class GuardConfig:
     changes; stop: nothing changes and the run ends; rollback: back to the last checkpoint's weights, with the batches
     since then left out. A gradient that overflows fp16 while the loss is finite is the loss scale's fault: skipped."""
     shrink_ratio: float = 0.99
-    """shrink: w becomes (w - c) shrink_ratio + c, where c is 1 for gains and 0 for the rest (9512)."""
+    """shrink: w becomes (w - c) shrink_ratio + c, where c is model.gain_centre for gains and 0 for the rest (9512)."""
     on_spike: Literal["log", "skip", "rollback"] | None = "log"
     """What happens when loss or gradient norm is far above the last `spike_window` steps. log: a warning."""
     spike_sigmas: float = 6.0
@@ -489,7 +489,7 @@ class GuardConfig:
     spike_window: int = 128
     """Steps that a step is compared with; none is called a spike before half of them are there."""
     max_bad_steps: int = 20
-    """So many steps in a row that were not applied stop the run."""
+    """So many steps in a row that were not applied, or rollbacks without 1000 good steps in a row, stop the run."""
     initial_loss_scale: float = 65536.0
     """fp16 only: doubled after `loss_scale_window` good steps, halved at a bad one."""
     loss_scale_window: int = 1000

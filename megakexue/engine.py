@@ -380,8 +380,7 @@ class Engine:
         sums = self.optimizer.last_statistics
         assert sums is not None
         # a tied embedding gets a gradient in every row
-        n = 0 if self.config.model.tie_embeddings else self.optimizer.n_drifting_rows()
-        drifting = torch.tensor([n], dtype=torch.float64, device=self.device)
+        drifting = self.optimizer.n_drifting_rows() * (not self.config.model.tie_embeddings)
         total = torch.cat([sums.view(-1), drifting])
         if self.is_sharded:
             dist.sum_over_ranks(total)

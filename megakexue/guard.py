@@ -31,6 +31,11 @@ MIN_SIGMA = 0.01
 """In nats for the loss, a ratio of 1 % for the norm. A nearly constant window would make rounding noise a spike: bf16
 keeps 2^-8 = 0.4 % of a value. At 6 sigmas it lets pass 0.06 nats and 6 %, which hurt nobody."""
 
+RECOVERED = 1000
+"""Steps applied in a row after which earlier rollbacks are forgiven."""
+
+COUNTS = ("n_good_in_row", "n_bad_in_row", "n_applied_in_row", "n_rollbacks")
+
 FATES: dict[str, Status] = {
     "log": "applied", "skip": "skipped", "shrink": "shrunk", "rollback": "rolled back", "stop": "skipped",
 }  # fmt: skip
@@ -53,6 +58,9 @@ class Guard:
         """Finite steps, which the loss scale follows: a spike is not its fault."""
         self.n_bad_in_row = 0
         """Steps that were not applied, for whatever reason."""
+        self.n_applied_in_row = 0
+        self.n_rollbacks = 0
+        """Since RECOVERED steps were last applied in a row."""
         self.losses: deque[float] = deque(maxlen=config.spike_window)
         self.log_norms: deque[float] = deque(maxlen=config.spike_window)
         self.note: str | None = None
@@ -86,10 +94,17 @@ class Guard:
                     status, cause = "skipped", "a gradient overflowed fp16"
 
         self.n_bad_in_row = 0 if status == "applied" else self.n_bad_in_row + 1
+        self.n_applied_in_row = self.n_applied_in_row + 1 if status == "applied" else 0
+        self.n_rollbacks = 0 if self.n_applied_in_row == RECOVERED else self.n_rollbacks + (status == "rolled back")
         if cause == "guard.on_nonfinite=stop":
             self.reason_to_stop = f"{what}; {cause} ends the run here; {remedy}"
         elif self.n_bad_in_row >= self.config.max_bad_steps:
             self.reason_to_stop = f"{what}; {self.n_bad_in_row} bad steps in a row (guard.max_bad_steps); {remedy}"
+        elif self.n_rollbacks >= self.config.max_bad_steps:
+            self.reason_to_stop = (
+                f"{what}; {self.n_rollbacks} times rolled back (guard.max_bad_steps) without {RECOVERED} good steps in "
+                f"a row, so the run gets nowhere; {remedy}"
+            )
         if self.reason_to_stop:
             status = "skipped"
         if cause:
@@ -113,7 +128,7 @@ class Guard:
         return f"{' and '.join(found)}, the median of the last {n} applied steps" if found else ""
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("scales_loss", "loss_scale", "n_good_in_row", "n_bad_in_row")
+        names = ("scales_loss", "loss_scale", *COUNTS)
         window = {"losses": list(self.losses), "log_norms": list(self.log_norms)}
         return {name: getattr(self, name) for name in names} | window
 
@@ -121,7 +136,8 @@ class Guard:
         """Go on from `state`; a loss scale means nothing when the run went to or from fp16 since."""
         if state["scales_loss"] and self.scales_loss:
             self.loss_scale = state["loss_scale"]
-        self.n_good_in_row, self.n_bad_in_row = state["n_good_in_row"], state["n_bad_in_row"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
         self.load_window(state)
 
     def load_window(self, state: dict[str, Any]) -> None:

@@ -290,7 +290,7 @@ class Metrics:
             self.message(
                 "WARNING: embedding rows with an RMS beyond a tenth of 1 / optim.weight_decay: "
                 f"{record.n_drifting_rows}. Sign updates drive the rows of rare tokens to +-1 / optim.weight_decay "
-                "(9736): set optim.embedding=lazy"
+                "(9736): set optim.embedding=lazy, or lower optim.lr"
             )
 
     def message(self, text: str) -> None:

@@ -19,7 +19,7 @@ which is the same momentum without a buffer for the mean.
 
 What must stay true: the schedule is a function of our own step counter alone; each operation rounds once and by itself
 (no fused multiply-add on CPU), so that where ZeRO cuts a tensor changes no bit; squares are added in float64 and
-rounded to float32 when they become a rate, so that the order of the sum does not show.
+rounded to float32 when they become a rate, so that the order of the sum does not show but once in 1e8.
 """
 
 import math
@@ -192,7 +192,13 @@ def kernels(device: torch.device, n_elements: int) -> tuple[dict[str, Callable[.
     else:
         fewer = f"fewer than {COMPILE_FROM:,} elements a rank" if n_elements < COMPILE_FROM else "no C++ compiler found"
         return {name: _in_chunks(f) for name, f in rules.items()}, f"in chunks of {CHUNK:,}: {fewer}"
-    return {name: torch.compile(f, dynamic=True) for name, f in rules.items()}, reason
+
+    def by_size(rule: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(rule, dynamic=True)
+        # a kernel is laid out for the first size that it meets, so gains and pieces of rows must not be among them
+        return lambda *arguments: (compiled if arguments[0].numel() >= CHUNK else rule)(*arguments)
+
+    return {name: by_size(f) for name, f in rules.items()}, reason
 
 
 # --- the optimizer over segments -------------------------------------------------------------------------------------
@@ -325,12 +331,14 @@ class Optimizer:
 
     # --- sums --------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def weight_sums(self) -> Sums:
         """Of the masters as they are now, where Tiger needs them."""
         if self._weight_rows is None:
             self._weight_rows = self._row_sums(self.masters, self._needs_rms)
         return self._add_up(self._weight_rows)
 
+    @torch.no_grad()
     def gradient_sums(self, gradients: list[Tensor]) -> Sums:
         """Of the gradients of the segments."""
         return self._add_up(self._row_sums(gradients, [True] * len(self._parts)))
@@ -413,7 +421,7 @@ class Optimizer:
         window, self._window = self._window, None
         touched = window.touched if window else self._touched(sums)
         rates = self._rates(weights, touched, lr)
-        decays = {True: self._scalar(0.0), False: self._scalar(self.config.weight_decay)}
+        zero, weight_decay = self._scalar(0.0), self._scalar(self.config.weight_decay)
         rows: list[Tensor] = []
         self.last_statistics = None
         if statistics:
@@ -429,7 +437,8 @@ class Optimizer:
                 rows.append(self._kernels["squares"](theta) if self._needs_rms[i] else self._zero)
             else:
                 rows.append(
-                    self._update(segment, theta, gradient, state, rates[i], decays[segment.role == "gain"], lr, factor,
+                    self._update(segment, theta, gradient, state, rates[i],
+                                 zero if segment.role == "gain" else weight_decay, lr, factor,
                                  is_absorbed=window is not None)
                 )  # fmt: skip
             if before is not None:
@@ -454,7 +463,7 @@ class Optimizer:
                 lr, betas = lr * config.embedding_lr / config.lr, (0.9, 0.95)
             weight_decay = 0.0 if segment.role == "gain" else config.weight_decay
             flats = (theta, gradient, state["exp_avg"], state["exp_avg_sq"])
-            size = theta.numel() if gradient.dtype == theta.dtype else PIECE
+            size = theta.numel() if gradient.dtype == theta.dtype else PIECE[theta.device.type]
             for w, g, m, v in zip(*(x.reshape(-1).split(size) for x in flats)):
                 _adamw(w, g, m, v, self.n_updates, lr, betas, config.eps, weight_decay, factor)
             return self._zero
@@ -496,14 +505,17 @@ class Optimizer:
         assert value is not None
         return torch.full((), value, dtype=self._dtype, device=self._device)
 
-    def n_drifting_rows(self) -> int:
+    @torch.no_grad()
+    def n_drifting_rows(self) -> Tensor:
         """Whole embedding rows of this rank whose RMS is beyond a tenth of 1 / weight_decay, where 9736 sends them."""
         limit = 0.1 / self.config.weight_decay if self.config.weight_decay else math.inf
-        return sum(
-            int((squares(part.of(self.masters[part.segment])) > limit**2 * segment.shape[-1]).sum())
-            for part, segment in ((part, self.segments[part.segment]) for part in self._parts)
-            if segment.role == "embedding" and part.row is None and self.config.name != "adamw"
-        )
+        n = torch.zeros(1, dtype=torch.float64, device=self._device)
+        for part in self._parts:
+            segment = self.segments[part.segment]
+            if segment.role == "embedding" and part.row is None and _rule(self.config, "embedding") != "adamw":
+                rows = self._kernels["squares"](part.of(self.masters[part.segment]))
+                n += (rows > limit**2 * segment.shape[-1]).sum()
+        return n
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -562,5 +574,5 @@ def _adamw(
 
 LANES = 16
 """fp32 elements in the widest vector register of a CPU."""
-PIECE = 2**20
-"""Elements of a gradient that are made fp32 at a time."""
+PIECE = {"cpu": 2**20, "cuda": 2**26}
+"""Elements of a gradient that are made fp32 at a time: what a cache holds, or what keeps launches few."""

@@ -101,6 +101,8 @@ class Replay:
     notes: list[str]
     """What differs from the training, and weights that are not finite."""
     micro_batches: list[MicroBatch]
+    is_finite: bool
+    """Whether the run's own step was."""
     overflowing_sums: list[str]
     """Parameters of which each micro-batch's gradient is finite, and their sum is not."""
 
@@ -139,6 +141,8 @@ class Replay:
                 f"everything is finite in {self.dtype}, but the run computed in {self.training_dtype}: if it is not "
                 f"finite without --dtype, {self.training_dtype} has overflowed; weights and data are sound."
             )
+        if self.is_finite:
+            return "everything is finite here, as it was in the run, which a spike has stopped: look at the rows."
         left_out = "".join(f"{part}, which was left out, " for part in self.left_out)
         return (
             "everything is finite here, and so is the sum of the gradients, so the values came from somewhere else: "
@@ -161,7 +165,7 @@ class Dump:
             require((self.folder / name).is_file(), f"{folder} is no dump of a stopped step: it has no {name}")
         files = verify(self.folder, checkpoint.FORMAT)
         trainer = read_json(self.folder / "trainer.json", "the description of a dump")
-        missing = {"step", "config", "world_size", "loss_scale", "reason", "rows"} - trainer.keys()
+        missing = {"step", "config", "world_size", "loss_scale", "reason", "rows", "is_finite"} - trainer.keys()
         require(
             not missing,
             f"{folder} is no dump of a stopped step: its trainer.json lacks {sorted(missing)}; a checkpoint has no "
@@ -171,6 +175,8 @@ class Dump:
         self.reason: str = trainer["reason"]
         self.world_size: int = trainer["world_size"]
         self.loss_scale: float = trainer["loss_scale"]
+        self.is_finite: bool = trainer["is_finite"]
+        """Whether the loss and the gradient were finite, and the step was a spike."""
         self.rows: dict[str, list[list[Any]]] = trainer["rows"]
         where, config = str(self.folder / "trainer.json"), trainer["config"]
         # these sections alone: the others say nothing about the computation
@@ -279,7 +285,7 @@ def replay(
                 model.zero_grad()
     return Replay(
         dtype=dtype, training_dtype=dump.dtype, left_out=left_out, loss_scale=dump.loss_scale, notes=notes,
-        micro_batches=micro_batches,
+        micro_batches=micro_batches, is_finite=dump.is_finite,
         overflowing_sums=overflowing_sums if is_sum_whole else [],
     )  # fmt: skip
 

@@ -148,6 +148,7 @@ def train(config: Config) -> None:
         if folder is None and "rollback" in (config.guard.on_nonfinite, config.guard.on_spike):
             save(run / "checkpoints", {}, {}, config.checkpoint.keep_last)  # there must be something to go back to
 
+        warnings = []
         while step < last_step:
             # ----- one optimizer step -----------------------------------------------------------------------------
             began = time.perf_counter()
@@ -163,13 +164,13 @@ def train(config: Config) -> None:
                 assert folder is not None
                 checkpoint.restore(folder, engine)
                 warnings.append(
-                    f"{result.note}: back to the weights of {folder}; the batches of steps "
+                    f"{result.note}{_culprits(result)}: back to the weights of {folder}; the batches of steps "
                     f"{checkpoint.step_of(folder) + 1} to {step} are left out"
                 )
             step_s = time.perf_counter() - began
             if result.note is not None:
                 rows = [[data.locate(sample) for sample in batch.samples] for batch in micro_batches]
-                log.warning("%s; %s; rows of this rank: %s", result.note, _culprits(result), rows)
+                log.warning("%s%s; rows of this rank: %s", result.note, _culprits(result), rows)
             if metrics:
                 flops = flops_per_token(config.model, _mean_visible_keys(micro_batches)) * config.batch_tokens
                 metrics.log_step(
@@ -182,21 +183,25 @@ def train(config: Config) -> None:
                     )
                 )  # fmt: skip
                 if result.note is not None and result.status != "rolled back":
-                    warnings.append(f"{result.note}; {_culprits(result)}")
+                    warnings.append(f"{result.note}{_culprits(result)}")
                 for warning in warnings:
                     metrics.message(f"WARNING: {warning}")
                 if result.statistics is not None:
                     metrics.log_statistics(_statistics(step, result))
             warnings = []
             if engine.guard.reason_to_stop:
-                reason = f"{engine.guard.reason_to_stop}; {_culprits(result)}"
+                reason = f"{engine.guard.reason_to_stop}{_culprits(result)}"
                 of_ranks = dist.gather({str(ranks.rank): rows})
-                facts = {"loss_scale": loss_scale, "reason": reason, "rows": of_ranks}
-                dump = save(run / "dumps", facts, _tensors(micro_batches), 1)
-                raise TrainingStopped(
-                    f"{reason}; the rows are in {run / 'logs'}; `tools/replay_step.py {dump}` finds the module in "
-                    "which the first such number appears"
+                is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+                facts = {"loss_scale": loss_scale, "reason": reason, "rows": of_ranks, "is_finite": is_finite}
+                finds = (
+                    "looks for numbers that are not finite" if is_finite else "finds the module in which they appear"
                 )
+                try:
+                    kept = f"`tools/replay_step.py {save(run / 'dumps', facts, _tensors(micro_batches), 1)}` {finds}"
+                except OSError as error:  # the reason of the stop matters more
+                    kept = f"the step is not kept for tools/replay_step.py: {error}"
+                raise TrainingStopped(f"{reason}; the rows are in {run / 'logs'}; {kept}")
             if valid and config.evaluate.every_steps and (step % config.evaluate.every_steps == 0 or step == n_steps):
                 loss, n_tokens = validation_loss(engine, valid, config.evaluate.n_rows)
                 if metrics:
@@ -211,9 +216,11 @@ def train(config: Config) -> None:
 def _culprits(result: StepResult) -> str:
     """Where the numbers that are not finite were, as far as one step shows it."""
     tensors = result.bad_tensors
+    if not tensors and not result.bad_ranks:
+        return ""
     more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
     return (
-        f"gradients that are not finite: {tensors[0] + more if tensors else 'none'}; ranks whose own loss is not: "
+        f"; gradients that are not finite: {tensors[0] + more if tensors else 'none'}; ranks whose own loss is not: "
         f"{result.bad_ranks or 'none'}"
     )
 

@@ -141,7 +141,7 @@ def test_damage_is_found_and_the_one_before_is_used(prepared: Prepared, tmp_path
         (lambda: (newest / "rank_00000.safetensors").write_bytes(b"short"), "has 5 bytes instead of"),
         (lambda: (newest / "manifest.json").write_text("{"), "cannot read the manifest of a checkpoint"),
         (lambda: (newest / "manifest.json").unlink(), "cannot read the manifest of a checkpoint"),
-        (lambda: set_manifest({"format": 99}), "format 99 is not 2"),
+        (lambda: set_manifest({"format": 99}), "format 99 is not 3"),
         (lambda: set_manifest({"files": outside}), "names '../../latest', which is outside the folder"),
         (lambda: set_manifest({"files": []}), "AttributeError"),
     ]:

@@ -56,7 +56,9 @@ def test_a_nonfinite_step_goes_by_the_policy(policy: Any, status: str, loss: flo
 def test_bad_steps_in_a_row_end_the_run_and_change_nothing(policy: Any, status: str) -> None:
     guard = Guard(GuardConfig(on_nonfinite=policy, max_bad_steps=3), "bf16")
     good, bad = (1.0, 1.0), (math.nan, 0.25)
-    assert feed(guard, [good, bad, bad, good, bad, bad]) == ["applied", status, status, "applied", status, status]
+    if policy != "rollback":  # of which those that are not in a row count too
+        feed(guard, [good, bad, bad])
+    assert feed(guard, [good, bad, bad]) == ["applied", status, status]
     assert guard.reason_to_stop is None
     assert guard.decide(*bad, 7) == "skipped"
     what = "step 7: loss nan, gradient norm 0.25"
@@ -310,7 +312,8 @@ def test_the_state_is_json_in_the_worst_case() -> None:
     state = guard.state_dict()
     assert json.loads(json.dumps(state, allow_nan=False)) == state
     assert state["losses"] and state.keys() == {
-        "scales_loss", "loss_scale", "n_good_in_row", "n_bad_in_row", "losses", "log_norms"
+        "scales_loss", "loss_scale", "n_good_in_row", "n_bad_in_row", "n_applied_in_row", "n_rollbacks",
+        "losses", "log_norms",
     }  # fmt: skip
 
 
@@ -359,3 +362,25 @@ def test_a_decision_takes_no_time() -> None:
         feed(guard, steady(100))
         best = min(best, (time.perf_counter() - start) / 100)
     assert best < 1e-3  # measured 6e-5 s; the margin is for busy machines
+
+
+def test_rollbacks_that_get_nowhere_stop_the_run() -> None:
+    config = GuardConfig(on_nonfinite="rollback", max_bad_steps=3)
+    guard = Guard(config, "bf16")
+    for _ in range(2):
+        assert guard.decide(math.nan, 1.0, 1) == "rolled back"
+        for step in range(999):
+            assert guard.decide(1.0, 1.0, step) == "applied"
+    resumed = through_json(guard, config)
+    for each in (guard, resumed):
+        assert each.decide(math.nan, 1.0, 7) == "skipped"
+        assert each.reason_to_stop is not None
+        assert "step 7: " in each.reason_to_stop
+        words = "3 times rolled back (guard.max_bad_steps) without 1000 good steps in a row, so the run gets nowhere"
+        assert words in each.reason_to_stop
+    # a thousand good steps forgive
+    guard = Guard(config, "bf16")
+    for _ in range(5):
+        assert guard.decide(math.nan, 1.0, 1) == "rolled back" and guard.reason_to_stop is None
+        for step in range(1000):
+            guard.decide(1.0, 1.0, step)

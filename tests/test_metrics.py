@@ -278,7 +278,7 @@ def test_drifting_rows_are_a_warning(tmp_path, capsys):
         statistics_line(make_statistics(100), 200),
         statistics_line(make_statistics(200), 200),
         "WARNING: embedding rows with an RMS beyond a tenth of 1 / optim.weight_decay: 12. Sign updates drive the rows "
-        "of rare tokens to +-1 / optim.weight_decay (9736): set optim.embedding=lazy",
+        "of rare tokens to +-1 / optim.weight_decay (9736): set optim.embedding=lazy, or lower optim.lr",
     ]
 
 

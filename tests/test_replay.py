@@ -113,7 +113,7 @@ def write_dump(
     rows = {str(r): [row_names(r, i) for i in range(len(own))] for r, own in enumerate(batches)}
     trainer = {
         "step": 12, "config": dataclasses.asdict(config), "world_size": len(batches), "loss_scale": loss_scale,
-        "reason": REASON, "rows": rows,
+        "reason": REASON, "rows": rows, "is_finite": False,
     }  # fmt: skip
     (folder / "trainer.json").write_text(json.dumps(trainer))
     seal(folder)

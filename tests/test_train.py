@@ -239,7 +239,25 @@ def test_bad_steps_end_the_run_and_are_on_record(
     dump = tmp_path / "dumps" / f"step_{last_step:08d}"
     assert f"`tools/replay_step.py {dump}`" in message
     trainer = json.loads((dump / "trainer.json").read_text())
-    assert trainer["reason"] in message and len(trainer["rows"]["0"][0]) == 16
+    assert trainer["reason"] in message and len(trainer["rows"]["0"][0]) == 16 and not trainer["is_finite"]
+
+
+def two_stops(runs: list[tuple[Config, dict[int, float]]]) -> list[str]:
+    return [train_poisoned(config, factors) for config, factors in runs]
+
+
+def test_a_stop_without_a_dump_and_one_by_a_spike(prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "dumps").touch()  # as when the disk is full: no folder can be made
+    options = ["train.micro_batch_size=16", "evaluate.every_steps=null", "optim.lr=1e-3", "guard.max_bad_steps=1"]
+    full = tiny_config(prepared, tmp_path / "full", *options)
+    spike = tiny_config(prepared, tmp_path / "spike", *options, "guard.on_spike=skip", "guard.spike_window=8")
+    ((by_disk, by_spike),) = run_on_ranks(1, two_stops, [(full, {2: math.inf}), (spike, {7: 40.0})])
+    assert "step 2: loss" in by_disk and "the step is not kept for tools/replay_step.py: cannot save" in by_disk
+    assert "step 7: loss" in by_spike and ": a spike, " in by_spike and "set guard.on_spike=log" in by_spike
+    assert by_spike.endswith("step_00000007` looks for numbers that are not finite") and "none" not in by_spike
+    trainer = json.loads((tmp_path / "spike" / "dumps" / "step_00000007" / "trainer.json").read_text())
+    assert trainer["is_finite"]
 
 
 def poisoned_runs(runs: list[tuple[Config, dict[int, float]]]) -> list[str]:
@@ -289,7 +307,7 @@ def test_spikes_are_logged_skipped_or_rolled_back(prepared: Prepared, tmp_path: 
         statuses = [r["status"] for r in records(tmp_path / policy)]
         assert statuses == ["applied"] * 10 + [status] + ["applied"] * 3, policy
         log = (tmp_path / policy / "logs" / "rank_1.log").read_text()
-        assert re.search(r"step 11: loss .*: a spike, .* sigmas above .*; gradients that are not finite: none", log)
+        assert re.search(r"step 11: loss .*: a spike, .* sigmas above .*; rows of this rank: ", log)
     # a resumed run would decide alike: the window is in the checkpoint
     state = json.loads((tmp_path / "log" / "checkpoints" / "step_00000014" / "trainer.json").read_text())
     assert len(state["guard"]["losses"]) == 14

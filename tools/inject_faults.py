@@ -16,7 +16,7 @@ example, on the data of `make demo`:
       train.run=runs/faults train.steps=300 guard.on_nonfinite=shrink
 
 Each fault is one number in one micro-batch of one rank: NaN, or infinity of either sign, in the output of a block or in
-its gradient. All ranks and restarts draw the same ones from --seed. The run ends as launch/train.py would: every fault
+its gradient. All ranks draw the same ones from --seed. The run ends as launch/train.py would: every fault
 is a line of the log with its rank and rows, and metrics.jsonl counts what the guard did.
 """
 
