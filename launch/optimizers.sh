@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=runs/optimizers
 seeds=(0 1 2)
-declare -A rates=([tiger]="5e-3 1e-2 2e-2 4e-2" [lion]="3e-4 1e-3 3e-3 1e-2" [adamw]="1e-3 3e-3 1e-2 3e-2")
+declare -A rates=([tiger]="5e-3 1e-2 2e-2 4e-2" [lion]="3e-4 1e-3 3e-3" [adamw]="1e-3 3e-3 1e-2 3e-2")
 
 step() {
     printf '\n\033[1m== %s\033[0m\n' "$1"
@@ -60,11 +60,10 @@ for optimizer in tiger lion adamw; do
     done
 done
 
-# Tiger's choices, one seed each: DeepNorm's row for Adam, a bf16 momentum, other embeddings
+# Tiger's choices, one seed each: DeepNorm's row for Adam, a bf16 momentum, AdamW for the embedding
 lr=${best[tiger]}
 train tiger-adamrow_${lr}_0 optim.name=tiger optim.lr=$lr model.deepnorm_recipe=adam
 train tiger-bf16momentum_${lr}_0 optim.name=tiger optim.lr=$lr optim.momentum_dtype=bf16
-train tiger-dense_${lr}_0 optim.name=tiger optim.lr=$lr optim.embedding=dense
 train tiger-adamwembedding_${lr}_0 optim.name=tiger optim.lr=$lr optim.embedding=adamw optim.embedding_lr=${best[adamw]}
 
 step "validation loss in nats per token"
