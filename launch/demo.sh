@@ -4,17 +4,9 @@
 # none: the sources and documentation that come with Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/common.sh
 demo=runs/demo
 began=$(date +%s)
-
-step() {
-    printf '\n\033[1m== %s\033[0m\n' "$1"
-}
-
-run() {
-    printf '$ %s\n' "$*"
-    "$@"
-}
 
 if [ $# -eq 0 ]; then
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')

@@ -4,27 +4,16 @@
 # under runs/extrapolation; on one idle core it takes about an hour. Started again, it goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/common.sh
 out=runs/extrapolation
 seeds=(0 1 2)
-
-step() {
-    printf '\n\033[1m== %s\033[0m\n' "$1"
-}
-
-run() {
-    printf '$ %s\n' "$*"
-    "$@"
-}
 
 mkdir -p $out/bundles $out/losses
 step "1. text, tokenizer, shards: all the Python sources that come with Python, its tests included"
 # the same --valid-fraction twice: the documents of the long rows are those that no model was trained on
 if [ ! -d $out/long ]; then
-    stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
-    rm -rf $out/text $out/data && mkdir $out/text
-    (cd "$stdlib" && find . -name '*-packages' -prune -o -name '*.py' -print0 | tar c --null -T -) | tar x -C $out/text
-    rm -f $out/tokenizer.model
-    run tools/train_tokenizer.py $out/text --vocab-size 4096 --sample-bytes 3000000 --out $out/tokenizer.model
+    stdlib_text $out
+    rm -rf $out/data
     prepare=(tools/prepare_data.py $out/text --tokenizer $out/tokenizer.model --valid-fraction 0.03)
     run "${prepare[@]}" --seq-len 256 --out $out/data
     run "${prepare[@]}" --seq-len 2048 --packing best_fit --out $out/long

@@ -4,27 +4,14 @@
 # three minutes, all of them an hour. Started again, it goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/common.sh
 out=runs/optimizers
 seeds=(0 1 2)
 declare -A rates=([tiger]="5e-3 1e-2 2e-2 4e-2" [lion]="3e-4 1e-3 3e-3" [adamw]="1e-3 3e-3 1e-2 3e-2")
 
-step() {
-    printf '\n\033[1m== %s\033[0m\n' "$1"
-}
-
-run() {
-    printf '$ %s\n' "$*"
-    "$@"
-}
-
-mkdir -p $out
 step "1. text, tokenizer, shards: all the Python sources that come with Python, its tests included"
 if [ ! -d $out/data ]; then
-    stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
-    rm -rf $out/text && mkdir $out/text
-    (cd "$stdlib" && find . -name '*-packages' -prune -o -name '*.py' -print0 | tar c --null -T -) | tar x -C $out/text
-    rm -f $out/tokenizer.model
-    run tools/train_tokenizer.py $out/text --vocab-size 4096 --sample-bytes 3000000 --out $out/tokenizer.model
+    stdlib_text $out
     run tools/prepare_data.py $out/text --tokenizer $out/tokenizer.model --seq-len 256 --valid-fraction 0.03 --out $out/data
 fi
 

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+Status = Literal["applied", "skipped", "shrunk", "rolled back"]
+"""How an optimizer step ends: in exactly one of these, the same on all ranks."""
 
 IGNORED = -100
 """The target of a position that predicts nothing."""
@@ -735,6 +739,19 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read {what}: {error}") from error
     require(isinstance(value, dict), f"{path}: {what} must be a JSON object")
     return value
+
+
+def require_new_file(option: str, path: Path, overwrite: bool) -> None:
+    """Refuse a file that `option` names if its folder is missing, or if it is there and not to be replaced."""
+    require(path.parent.is_dir(), f"{option} {path}: there is no folder {path.parent}")
+    require(overwrite or not path.exists(), f"{option} {path} exists: choose another name or add --overwrite")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name and rename it, so that no half of it is ever found."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def check_inputs(config: Config) -> None:

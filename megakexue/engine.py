@@ -34,9 +34,9 @@ from torch import Tensor
 
 from megakexue import dist
 from megakexue.attention import choose_backend
-from megakexue.config import Config, EngineConfig
+from megakexue.config import Config, EngineConfig, Status
 from megakexue.data import Batch
-from megakexue.guard import Guard, Status
+from megakexue.guard import Guard
 from megakexue.model import Decoder, axes, centre, parameter_names, shape
 from megakexue.optim import N_STATISTICS, Optimizer, Segment, Sums, clip_factor, cut_rows
 

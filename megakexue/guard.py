@@ -18,11 +18,9 @@ import math
 import sys
 from collections import deque
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
-from megakexue.config import GuardConfig
-
-Status = Literal["applied", "skipped", "shrunk", "rolled back"]
+from megakexue.config import GuardConfig, Status
 
 MIN_LOSS_SCALE = 2.0**-14
 """Below this fp16 could not hold the gradients anyway; the scale stays and the bad steps count on."""

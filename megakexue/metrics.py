@@ -24,16 +24,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megakexue.config import MetricsConfig, UserError, require
+from megakexue.config import MetricsConfig, Status, UserError, require
 
 if TYPE_CHECKING:  # imported where it is used: the tools that only read records start 2.5 s sooner
     import torch
-
-Status = Literal["applied", "skipped", "shrunk", "rolled back"]
 
 
 @dataclass(frozen=True, kw_only=True)

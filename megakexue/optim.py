@@ -370,8 +370,7 @@ class Optimizer:
         """
         assert self.config.beta1 is not None
         if self._window is None:
-            zeros = torch.zeros_like(ok)
-            self._window = Window(has_decayed=zeros)
+            self._window = Window(has_decayed=torch.zeros_like(ok))
         window = self._window
         # the decay belongs to the window: its first good micro-batch does it, whichever that is
         betas = torch.where(window.has_decayed, self._scalar(1.0), self._scalar(self.config.beta1))
@@ -414,7 +413,7 @@ class Optimizer:
             factor: what multiplies the gradients, float64: loss scale and clipping in one.
             shrink: for each parameter whose gradient is not finite, (centre, ratio): w becomes (w - c) ratio + c, and
                 its state stays (9512).
-            statistics: leave the sums of `STATISTICS` in `last_statistics`.
+            statistics: leave the sums that `N_STATISTICS` lists in `last_statistics`.
         """
         shrink = shrink or {}
         self.n_updates += 1

@@ -169,7 +169,9 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> Non
     # what the user was told before the first step, and the folder as docs/folders.md shows it
     for words in ("parameters, deepnorm alpha", "heads of 8 in 2 groups, scale log_n", "rope base",
                   "30 steps = 30,720 tokens", "ZeRO-3 fp32, per rank",
-                  "attention   blocked: the fastest form on CPU", "weights from train.seed=0", "matmul"):  # fmt: skip
+                  "attention   blocked: the fastest form on CPU",
+                  "optimizer   tiger, in chunks of 65,536: fewer than", "weights from train.seed=0",
+                  "matmul"):  # fmt: skip
         assert words in output
     assert len(re.findall(r"step +\d+/30  loss .* grad .* lr .* tok/s  mfu .* mem .* applied", output)) == 30
     run = tmp_path / "straight"
@@ -242,17 +244,13 @@ def test_bad_steps_end_the_run_and_are_on_record(
     assert trainer["reason"] in message and len(trainer["rows"]["0"][0]) == 16 and not trainer["is_finite"]
 
 
-def two_stops(runs: list[tuple[Config, dict[int, float]]]) -> list[str]:
-    return [train_poisoned(config, factors) for config, factors in runs]
-
-
 def test_a_stop_without_a_dump_and_one_by_a_spike(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "dumps").touch()  # as when the disk is full: no folder can be made
     options = ["train.micro_batch_size=16", "evaluate.every_steps=null", "optim.lr=1e-3", "guard.max_bad_steps=1"]
     full = tiny_config(prepared, tmp_path / "full", *options)
     spike = tiny_config(prepared, tmp_path / "spike", *options, "guard.on_spike=skip", "guard.spike_window=8")
-    ((by_disk, by_spike),) = run_on_ranks(1, two_stops, [(full, {2: math.inf}), (spike, {7: 40.0})])
+    ((by_disk, by_spike),) = run_on_ranks(1, poisoned_runs, [(full, {2: math.inf}), (spike, {7: 40.0})])
     assert "step 2: loss" in by_disk and "the step is not kept for tools/replay_step.py: cannot save" in by_disk
     assert "step 7: loss" in by_spike and ": a spike, " in by_spike and "set guard.on_spike=log" in by_spike
     assert by_spike.endswith("step_00000007` looks for numbers that are not finite") and "none" not in by_spike
@@ -266,7 +264,7 @@ def poisoned_runs(runs: list[tuple[Config, dict[int, float]]]) -> list[str]:
 
 @pytest.mark.slow
 def test_rolled_back_is_as_if_the_steps_since_the_checkpoint_had_been_skipped(
-    prepared: Prepared, tmp_path: Path
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
     for stage, name in ((1, "tiger"), (3, "adamw")):
@@ -281,6 +279,10 @@ def test_rolled_back_is_as_if_the_steps_since_the_checkpoint_had_been_skipped(
                 runs.append((tiny_config(prepared, stopped, *options, "train.stop_at_step=3"), factors))
                 runs.append((tiny_config(prepared, stopped, *options), factors))
     assert run_on_ranks(2, poisoned_runs, runs) == [["went on"] * len(runs)] * 2
+    out = capfd.readouterr().out
+    for first, last, checkpoint in ((1, 1, "step_00000000"), (4, 5, "step_00000003")):
+        words = f"rolled_back_1/checkpoints/{checkpoint}; the batches of steps {first} to {last} are left out"
+        assert re.search(rf"WARNING: step {last}: loss .*; gradients that are not .*: back to the .*{words}", out), out
     for stage in (1, 3):
         rolled_back, skipped, stopped = (tmp_path / f"{run}_{stage}" for run in ("rolled_back", "skipped", "stopped"))
         statuses = [r["status"] for r in records(rolled_back) if r["kind"] == "train"]

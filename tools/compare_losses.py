@@ -9,10 +9,9 @@ The text form (a golden file) has a line a step: the step and the loss, the floa
 
 import argparse
 import math
-import os
 from pathlib import Path
 
-from megakexue.config import UserError, require, run_program
+from megakexue.config import UserError, require, run_program, write_whole
 from megakexue.metrics import StepRecord, read_metrics
 
 EPILOG = """\
@@ -52,9 +51,7 @@ def write_golden(path: Path, run: Path, *, overwrite: bool) -> None:
     require(len(losses) > 0, f"{run}: holds no training step")
     require(overwrite or not path.exists(), f"{path} exists: choose another name or add --overwrite")
     require(path.parent.is_dir(), f"{path.parent}: no such folder: make it first")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{step} {loss!r}\n" for step, loss in losses.items()), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(f"{step} {loss!r}\n" for step, loss in losses.items()))
     print(f"wrote {len(losses)} steps to {path}")
 
 

@@ -5,12 +5,11 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import DataConfig, SourceConfig, read_json, require, run_program
+from megakexue.config import DataConfig, SourceConfig, read_json, require, require_new_file, run_program, write_whole
 from megakexue.config import sha256 as sha256_of
 
 BATCH_TOKENS = 4096  # whose logits exist at a time; a longer row goes alone
@@ -58,9 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     require(args.bundle.is_dir(), f"no bundle {args.bundle}: make one with tools/export_model.py")
     require(args.data.is_dir(), f"no folder {args.data}: make one with tools/prepare_data.py")
     if args.json:
-        require(args.json.parent.is_dir(), f"--json {args.json}: there is no folder {args.json.parent}")
-        free = args.overwrite or not args.json.exists()
-        require(free, f"--json {args.json} exists: choose another name or add --overwrite")
+        require_new_file("--json", args.json, args.overwrite)
     return args
 
 
@@ -140,9 +137,7 @@ def main() -> None:
         }  # fmt: skip
         if args.by_position:
             content["by_position"] = [dataclasses.asdict(part) for part in parts]
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, args.json)
+        write_whole(args.json, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megakexue.config import UserError, require, run_program
+from megakexue.config import UserError, require, require_new_file, run_program
 from megakexue.metrics import Status, StepRecord, ValidationRecord, human_count, read_metrics
 
 EPILOG = """\
@@ -255,8 +255,7 @@ def main() -> None:
     out = arguments.out
     if out:
         require(out.suffix == ".png", f"--out {out} must end in .png")
-        require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
-        require(arguments.overwrite or not out.exists(), f"--out {out} exists: choose another name or add --overwrite")
+        require_new_file("--out", out, arguments.overwrite)
     runs = [Run(path) for path in arguments.runs]
     if arguments.report:
         if isinstance(sys.stdout, io.TextIOWrapper):

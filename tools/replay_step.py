@@ -4,10 +4,9 @@
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
-from megakexue.config import require, run_program
+from megakexue.config import require, require_new_file, run_program, write_whole
 
 EPILOG = """\
 A run that its guard stops because of non-finite values leaves the weights and batches of that step in DUMP. This
@@ -40,9 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     require(args.dump.is_dir(), f"no folder {args.dump}: a run that its guard stops writes RUN/dumps/step_XXXXXXXX")
     if args.json:
-        require(args.json.parent.is_dir(), f"--json {args.json}: there is no folder {args.json.parent}")
-        free = args.overwrite or not args.json.exists()
-        require(free, f"--json {args.json} exists: choose another name or add --overwrite")
+        require_new_file("--json", args.json, args.overwrite)
     return args
 
 
@@ -64,9 +61,7 @@ def main() -> None:
     if args.json:
         content = {"dump": str(args.dump), "step": dump.step, "reason": dump.reason, "device": str(device)}
         content |= dataclasses.asdict(result) | {"conclusion": result.conclusion}
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, args.json)
+        write_whole(args.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

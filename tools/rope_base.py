@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megakexue.config import UserError, load_config, require, run_program
+from megakexue.config import UserError, load_config, require, require_new_file, run_program
 from megakexue.rope import (
     Bases,
     base_notes,
@@ -159,10 +159,7 @@ def main() -> None:
     for option, out, suffix in (("--plot", args.plot, ".png"), ("--write-table", args.write_table, ".tsv")):
         if out is not None:
             require(out.suffix == suffix, f"{option} {out} must end in {suffix}")
-            require(out.parent.is_dir(), f"{option} {out}: there is no folder {out.parent}")
-            require(
-                args.overwrite or not out.exists(), f"{option} {out} exists: choose another name or add --overwrite"
-            )
+            require_new_file(option, out, args.overwrite)
 
     if args.write_table is not None:
         for option in ("config", "unrotated", "base", "plot"):
