@@ -18,7 +18,8 @@ def main() -> None:
   launch/train.py configs/tiny_gqa.yaml            one process
 
 Every key is in megakexue/config.py with its meaning and default. The same command again goes on from the newest
-checkpoint of train.run. Exit codes: 0 done, 1 failed, 2 a mistake in the command, the config or the data.""",
+checkpoint of train.run. SIGTERM, SIGINT or SIGUSR1 to any rank saves and ends the run.
+Exit codes: 0 done, 1 failed, 2 a mistake in the command, the config or the data, 75 saved after a signal.""",
     )
     parser.add_argument("config", help="a YAML file, such as configs/tiny_gqa.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
@@ -36,12 +37,16 @@ checkpoint of train.run. Exit codes: 0 done, 1 failed, 2 a mistake in the comman
     import torch
 
     from megakexue.guard import TrainingStopped
+    from megakexue.preemption import Preempted
     from megakexue.train import train  # seconds of imports, which a mistake in the config should not cost
 
     try:
         train(config)
     except TrainingStopped as stopped:
         sys.exit(f"stopped: {stopped}")
+    except Preempted:
+        torch.distributed.destroy_process_group()
+        raise
     torch.distributed.destroy_process_group()
 
 

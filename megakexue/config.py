@@ -559,11 +559,24 @@ class EngineConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 500
+    """And at the last step, and when the run is asked to stop (SIGTERM, SIGINT, SIGUSR1)."""
     keep_last: int = 3
+    keep_every: int | None = None
+    """Also keep those of every so many steps, for ever."""
+    asynchronous: bool = True
+    """Write in a thread while training goes on, from a copy in host memory as large as this rank's share."""
+    grace_s: float = 300.0
+    """Seconds from a signal to the end of the process, saved or not: what the cluster gives, less a margin."""
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, f"checkpoint.every_steps={self.every_steps} must be positive")
         require(self.keep_last > 0, f"checkpoint.keep_last={self.keep_last} must be positive")
+        require(
+            self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every_steps == 0),
+            f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every_steps={self.every_steps}, "
+            "or null: other steps are not saved",
+        )
+        require(self.grace_s > 0, f"checkpoint.grace_s={self.grace_s} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -596,6 +609,9 @@ class TrainConfig:
     """A bundle to start from; its model section must agree with `model`."""
     stop_at_step: int | None = None
     """Save a checkpoint and stop there, as an interruption would; the schedule still runs to `steps`."""
+    accept_changes: list[str] = field(default_factory=list)
+    """Keys that may differ from those of the checkpoint that the run goes on from, such as optim.lr; `data` for other
+    rows or another order, read from their beginning. A resume names the keys that need it."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):

@@ -74,6 +74,10 @@ class Position:
     sample: int = 0
 
 
+class Interrupted(Exception):
+    """Waiting for data was given up, as `Batches.is_interrupted` wished."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch of one rank, on the CPU."""
@@ -456,6 +460,8 @@ class Batches:
         """Where the next step begins; put it into a checkpoint and give it to `seek`."""
         self.wait_s = 0.0
         """Seconds that the last `next_step` waited for data."""
+        self.is_interrupted: Callable[[], bool] = lambda: False
+        """Asked about once a second while waiting for data."""
         self._open_shards: OrderedDict[int, tuple[int, Ints]] = OrderedDict()
         """The file and the offsets of the rows, of the shards used last."""
         self._open_lock = threading.Lock()
@@ -514,9 +520,10 @@ class Batches:
 
         Raises:
             UserError: a shard is damaged or cannot be downloaded, or reading makes no progress.
+            Interrupted: `is_interrupted` came true while waiting; the position is as it was.
         """
         if self._queue is None:
-            self._start()
+            self._start(self._step_samples(self.position), self.position)
         began = time.monotonic()
         n_micro_batches = self.global_batch_size // (self.micro_batch_size * self.world_size)
         batches = [self._take() for _ in range(n_micro_batches)]
@@ -529,12 +536,19 @@ class Batches:
 
         For validation: the rows do not depend on the world size, and every rank gets the same number of micro-batches
         (ZeRO-3 runs collectives in the forward pass); where the rows run out there are rows of padding, all ignored.
+        Raises what `next_step` does.
         """
         n_rows = min(n_rows, self.n_rows)
-        stride = self.micro_batch_size * self.world_size
-        for start in range(0, n_rows, stride):
-            first = start + self.rank * self.micro_batch_size
-            yield self._read([Position(sample=k) for k in range(first, min(first + self.micro_batch_size, n_rows))])
+        samples = []
+        for start in range(self.rank * self.micro_batch_size, n_rows + self.rank * self.micro_batch_size, self._stride):
+            samples.append([Position(sample=k) for k in range(start, min(start + self.micro_batch_size, n_rows))])
+        self.close()
+        self._start(iter(samples))
+        try:
+            for _ in samples:
+                yield self._take()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Stop the threads and close the files. A later `next_step` starts them again."""
@@ -564,16 +578,26 @@ class Batches:
         source, index = self._shards[shard]
         return f"{source.path}/{source.split}/{source.shards[index].raw_data.basename}"
 
-    def _start(self) -> None:
+    @property
+    def _stride(self) -> int:
+        """Samples of all ranks' micro-batches."""
+        return self.micro_batch_size * self.world_size
+
+    def _step_samples(self, position: Position) -> Iterator[list[Position]]:
+        for start in itertools.count(self.rank * self.micro_batch_size, self._stride):
+            yield [self._advance(position, start + k) for k in range(self.micro_batch_size)]
+
+    def _start(self, samples: Iterator[list[Position]], ahead_of: Position | None = None) -> None:
+        """Read `samples` in a thread, micro-batch by micro-batch; in another fetch the shards from `ahead_of` on."""
         self._stop = threading.Event()
         self._queue = queue.Queue(maxsize=self.n_prefetch)
         self._last_activity = time.monotonic()
         # daemons: a download that hangs must not keep a failed process alive
-        arguments = self.position, self._stop, self._queue
+        arguments = samples, self._stop, self._queue
         self._reader = threading.Thread(target=self._read_ahead, args=arguments, daemon=True)
         self._reader.start()
-        if any(source.is_cached for source in self.sources):
-            threading.Thread(target=self._fetch_ahead, args=arguments[:2], daemon=True).start()
+        if ahead_of and any(source.is_cached for source in self.sources):
+            threading.Thread(target=self._fetch_ahead, args=(ahead_of, self._stop), daemon=True).start()
 
     def _take(self) -> Batch:
         assert self._queue is not None
@@ -581,6 +605,9 @@ class Batches:
             try:
                 item = self._queue.get(timeout=min(1.0, self.timeout_s))
             except queue.Empty:
+                if self.is_interrupted():
+                    self.close()  # the micro-batches taken so far are read again by a later call
+                    raise Interrupted from None
                 silent_s = time.monotonic() - self._last_activity
                 require(
                     silent_s < self.timeout_s,
@@ -593,12 +620,12 @@ class Batches:
                 raise item
             return item
 
-    def _read_ahead(self, position: Position, stop: threading.Event, batches: queue.Queue) -> None:
-        """Put the micro-batches from `position` on into the queue, in a thread; an error is the last item."""
+    def _read_ahead(self, samples: Iterator[list[Position]], stop: threading.Event, batches: queue.Queue) -> None:
+        """Put the micro-batches of `samples` into the queue, in a thread; an error is the last item."""
         item: Batch | Exception
-        for start in itertools.count(self.rank * self.micro_batch_size, self.micro_batch_size * self.world_size):
+        for positions in samples:
             try:
-                item = self._read([self._advance(position, start + k) for k in range(self.micro_batch_size)])
+                item = self._read(positions)
             except Exception as error:
                 item = error
             while not stop.is_set():

@@ -6,6 +6,8 @@ A launcher sets RANK, WORLD_SIZE, LOCAL_RANK and the address of rank 0; without 
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,13 +86,37 @@ def barrier() -> None:
         total.item()
 
 
-def gather(own: dict[str, Any]) -> dict[str, Any]:
-    """Merge a small dict of every rank, on every rank."""
+@cache
+def host_group(user: str, timeout_s: float) -> Any:
+    """Return a gloo group of all ranks for one thread alone; the first call for a `user` is a collective.
+
+    Collectives on it do not wait for the GPU, and do not mix with those of other threads.
+    """
+    if torch_dist.get_world_size() == 1:
+        return None
+    return torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def gather(own: dict[str, Any], group: Any = None) -> dict[str, Any]:
+    """Merge a small dict of every rank, on every rank. `group`: a `host_group`; None: the one of training."""
     if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
         return own
     parts: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(parts, own)
+    torch_dist.all_gather_object(parts, own, group=group)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def count_over_ranks(flags: list[bool], group: Any) -> list[int]:
+    """Return for each flag on how many ranks it is set, on every rank."""
+    counts = torch.tensor(flags, dtype=torch.int32)
+    if torch_dist.get_world_size() > 1:
+        torch_dist.all_reduce(counts, group=group)
+    return counts.tolist()
+
+
+def store() -> Any:
+    """The key-value store by which the ranks have found one another: any thread may use it at any time."""
+    return torch_dist.distributed_c10d._get_default_store()
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

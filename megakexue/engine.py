@@ -40,6 +40,9 @@ from megakexue.guard import Guard
 from megakexue.model import Decoder, axes, centre, parameter_names, shape
 from megakexue.optim import N_STATISTICS, Optimizer, Segment, Sums, clip_factor, cut_rows
 
+LOAD_ELEMENTS = 2**21
+"""Of a segment that are read at a time: 8 MiB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -164,6 +167,8 @@ class Engine:
         self.optimizer = Optimizer(config.optim, self.segments, masters, names, cut, self.device)
         self.emo_rows: Tensor | None = None
         """With `loss.emo`: the rows of the head that training started from, of length 1."""
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before masters or state change; waits for who is still reading them."""
 
     # --- the segment table -----------------------------------------------------------------------------------------
 
@@ -225,22 +230,26 @@ class Engine:
 
     @torch.no_grad()
     def load(self, read: Callable[[str, Segment], Tensor], *, with_state: bool = False) -> None:
-        """Fill the masters from `read("master", segment)`, then the module's weights from them.
+        """Fill the masters from `read("master", segment)`, the module's weights from them, and compare both.
 
-        The one way to start: fresh, resumed or from a bundle. Weights put into the module itself would be reverted by
-        the first step, since DeepSpeed's masters would be stale.
+        The one way to start: fresh, resumed, from a bundle or grown. Weights put into the module itself would be
+        reverted by the first step, since DeepSpeed's masters would be stale. A long segment is read in parts, so that
+        no host needs room for more than its own share.
 
         Args:
             with_state: fill the optimizer's state tensors too; otherwise they stay as they are.
         """
+        self.before_change()
         for segment, views in self.state_tensors():
             for kind, view in views.items():
                 if kind == "master" or with_state:
-                    value = read(kind, segment)
-                    assert value.numel() == segment.numel, f"{kind} of {segment} was given {value.numel()} elements"
-                    view.copy_(value.reshape(-1))
+                    for part, target in zip(segment.split(LOAD_ELEMENTS), view.split(LOAD_ELEMENTS), strict=True):
+                        value = read(kind, part)
+                        assert value.numel() == part.numel, f"{kind} of {part} was given {value.numel()} elements"
+                        target.copy_(value.reshape(-1))
         self.optimizer.masters_changed()
         self._refresh_module()
+        self.check_weights()
 
     def _refresh_module(self) -> None:
         inner = self._engine.optimizer
@@ -263,29 +272,34 @@ class Engine:
                 inner.persistent_parameters[0].all_gather(inner.persistent_parameters)
 
     @torch.no_grad()
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, the module's weight in the training dtype) for every parameter, whole, on every rank."""
-        import deepspeed
-
-        for name, p in self.module.named_parameters():
-            gathered = hasattr(p, "ds_id")
-            with deepspeed.zero.GatheredParameters([p]) if gathered else nullcontext():
-                yield name, p.data.clone()
-
     def check_weights(self) -> None:
-        """Assert on every rank that the module's weights are its masters, cast."""
-        own: dict[str, list[Segment]] = {}
+        """Assert on every rank that the module's weights are its masters, cast.
+
+        At stage 3 those are the rank's own pieces, which every gather starts from, and what is kept gathered.
+        """
+        weights = dict(self.module.named_parameters())
         for segment in self.segments:
-            own.setdefault(segment.name, []).append(segment)
-        for name, weight in self.full_weights():
-            for segment in own.get(name, []):
-                master = segment.of(self.flats[segment.flat]).to(weight.dtype)
-                assert torch.equal(weight.view(-1)[segment.start : segment.stop], master), f"stale weights: {segment}"
+            p = weights[segment.name]
+            views = [p.view(-1)[segment.start : segment.stop]] if p.numel() else []
+            if hasattr(p, "ds_tensor"):
+                views.append(p.ds_tensor.view(-1)[: segment.numel])
+            assert views, f"no weight of {segment}"
+            for view in views:
+                for part, weight in zip(segment.split(LOAD_ELEMENTS), view.split(LOAD_ELEMENTS), strict=True):
+                    master = part.of(self.flats[part.flat]).to(weight.dtype)
+                    assert torch.equal(weight, master), f"stale weights: {part}"
 
     # --- one optimizer step ----------------------------------------------------------------------------------------
 
-    def train_step(self, batches: list[Batch], lr: float, step: int, *, statistics: bool = False) -> StepResult:
-        """Take the micro-batches of one optimizer step, and do what the guard says."""
+    def train_step(
+        self, batches: list[Batch], lr: float, step: int, *, statistics: bool = False,
+        between: Callable[[], Any] = lambda: None,
+    ) -> StepResult:  # fmt: skip
+        """Take the micro-batches of one optimizer step, and do what the guard says.
+
+        Args:
+            between: called between micro-batches as long as nothing has changed; may raise to give the step up.
+        """
         assert len(batches) == self.n_micro_batches
         self._engine.train()
         names, in_momentum = self.optimizer.names, self.config.optim.accumulate == "momentum"
@@ -315,6 +329,7 @@ class Engine:
                 is_good = self._is_good(new_loss, new_squares)
                 factor = self._gradient_factor(new_squares, is_good)
                 if in_momentum:
+                    self.before_change()
                     self.optimizer.absorb(gradients, sums, factor, is_good)
                 loss += new_loss
                 squares += new_squares / (len(batches) if in_momentum else 1)
@@ -322,6 +337,8 @@ class Engine:
             if not is_last:
                 del gradients
                 self._engine.step()  # counts the micro-step, and clears a gradient that the momentum has
+                if not in_momentum:
+                    between()
         loss_total, count, *numbers = torch.cat([loss[None], n_targets[None], squares, is_bad]).tolist()
         loss_mean, grad_norm = loss_total / count, sum(numbers[: len(names)]) ** 0.5 / loss_scale
         status = self.guard.decide(loss_mean, grad_norm, step)
@@ -329,6 +346,7 @@ class Engine:
         result = StepResult(
             loss=loss_mean, grad_norm=grad_norm, n_targets=int(count), status=status, note=self.guard.note
         )
+        self.before_change()
         if status in ("applied", "shrunk"):
             ratio = self.config.guard.shrink_ratio
             shrink = {name: (centre(name, self.config.model), ratio) for name in bad}

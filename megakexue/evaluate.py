@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from megakexue import dist
 from megakexue.config import IGNORED, ModelConfig, build, require
-from megakexue.data import Batch, Batches
+from megakexue.data import Batch
 from megakexue.engine import Engine
 from megakexue.model import Decoder, resolve
 
@@ -27,10 +27,14 @@ CHUNK = 512
 """Logits that are turned into losses at a time: log-softmax makes a copy of them."""
 
 
-def validation_loss(engine: Engine, batches: Batches, n_rows: int) -> tuple[float, int]:
-    """Return (mean loss in nats, target tokens) over the first `n_rows` validation rows, on every rank."""
+def validation_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Return (mean loss in nats, target tokens) over the micro-batches of all ranks, on every rank.
+
+    Args:
+        batches: as many on each rank, such as `Batches.first_rows` yields.
+    """
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for batch in batches.first_rows(n_rows):
+    for batch in batches:
         loss = engine.evaluation_loss(batch)
         total += torch.stack([loss.double(), loss.new_tensor(batch.n_targets, dtype=torch.float64)])
     loss_sum, n_tokens = dist.sum_over_ranks(total).tolist()

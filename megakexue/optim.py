@@ -26,7 +26,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -52,6 +52,11 @@ class Segment:
     @property
     def numel(self) -> int:
         return self.stop - self.start
+
+    def split(self, n: int) -> "list[Segment]":
+        """Return its parts of `n` elements, the last one of what is left."""
+        starts = range(self.start, self.stop, n)
+        return [replace(self, start=i, stop=min(i + n, self.stop), offset=self.offset + i - self.start) for i in starts]
 
     def of(self, flat: Tensor) -> Tensor:
         """The view of this segment in its flat tensor."""

@@ -13,7 +13,7 @@
       cache/             shards of remote sources
 
 What must stay true: everything that the next step depends on is in the checkpoint, so that a run that was stopped and
-started again is bit for bit the run that was not.
+started again is bit for bit the run that was not; and all ranks leave the loop at the same place, where they `meet`.
 """
 
 import dataclasses
@@ -28,16 +28,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from megakexue import __version__, checkpoint, dist
 from megakexue.config import Config, ModelConfig, UserError, require, sha256, to_yaml
-from megakexue.data import Batch, Batches, Position
+from megakexue.data import Batch, Batches, Interrupted, Position
 from megakexue.describe import describe, flops_per_token
 from megakexue.engine import Engine, StepResult, start
 from megakexue.evaluate import validation_loss
@@ -55,9 +56,30 @@ from megakexue.metrics import (
 )
 from megakexue.model import initial_weight, resolve
 from megakexue.optim import lr_factor
+from megakexue.preemption import Interruption, Preemption
 from megakexue.rope import base_notes
 
 log = logging.getLogger("megakexue")
+T = TypeVar("T")
+
+RETRY_S = (1.0, 10.0)
+"""Waits before the last save of a run is tried again; earlier ones are tried again some steps later."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is, beside weights, optimizer and guard; part of trainer.json."""
+
+    step: int = 0
+    tokens: int = 0
+    position: Position = field(default_factory=Position)
+    """Of the first sample that no step up to `step` has used."""
+    validated: int = 0
+    """The last step whose validation loss is on record."""
+    init_bundle: str | None = None
+    """Fingerprint of `train.init_from`."""
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    """The starts at which something changed: step, changes, origin and source."""
 
 
 def train(config: Config) -> None:
@@ -65,15 +87,19 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: the config, the data or an existing run folder do not fit each other.
-        TrainingStopped: the guard ended the run.
+        TrainingStopped: the guard ended the run, or its last checkpoint could not be written.
+        Preempted: a signal ended it, and it is saved.
     """
     ranks = start(config.engine)
+    checkpoint.seed_random_state(config.train.seed + ranks.rank)
     model_config = resolve(config.model, config.optim.name, config.data.seq_len)
     config = dataclasses.replace(config, model=model_config, optim=config.optim.resolved(model_config.tie_embeddings))
     assert config.optim.lr is not None
     config.train.n_micro_batches(ranks.world_size)  # refuses a batch that does not divide, before any folder is made
     run = Path(config.train.run)
     with ExitStack() as stack:
+        preemption = Preemption(ranks, grace_s=config.checkpoint.grace_s, timeout_s=config.engine.timeout_s)
+        stack.enter_context(preemption.listening())
         _open_run(run, ranks, stack)
         source = _source() if ranks.is_first else ""
 
@@ -84,6 +110,7 @@ def train(config: Config) -> None:
                 **dataclasses.asdict(ranks),
             )  # fmt: skip
             stack.callback(made.close)
+            made.is_interrupted = preemption.is_requested
             return made
 
         data = batches("train")
@@ -92,125 +119,223 @@ def train(config: Config) -> None:
             f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the sources",
         )
         valid = batches("valid") if config.evaluate.every_steps else None
-        folder, warnings = checkpoint.find(run / "checkpoints", ranks)
+        checkpoints = run / "checkpoints"
+        folder, warnings = checkpoint.find(checkpoints, ranks)
         n_recorded = max((r.step for r in read_metrics(run)), default=0) if (run / "metrics.jsonl").exists() else 0
         require(
             folder is not None or n_recorded < config.checkpoint.every_steps,
-            f"train.run={run} has metrics up to step {n_recorded} but no checkpoint: restore {run / 'checkpoints'}, or "
+            f"train.run={run} has metrics up to step {n_recorded} but no checkpoint: restore {checkpoints}, or "
             "choose another train.run",
         )
         engine = Engine(config, ranks)
+        saver = checkpoint.Saver(engine, config.checkpoint)
+        stack.callback(saver.close)
+        progress = Progress()
+        hashes = {"data": data.fingerprint, "tokenizer": sha256(config.data.tokenizer)}
+
+        def trainer() -> dict[str, Any]:
+            return dataclasses.asdict(progress) | {
+                "n_updates": engine.optimizer.n_updates, "guard": engine.guard.state_dict(), **hashes,
+                "config": _plain(config), "source": source, "world_size": ranks.world_size,
+            }  # fmt: skip
+
         if folder is not None:
-            state = checkpoint.load(folder, engine, lambda trainer: _check_resume(trainer, config, data))
-            data.seek(Position(**state["position"]))
-            step, tokens, init_bundle = state["step"], state["tokens"], state["init_bundle"]
-            changes = _differences(state["config"], _plain(config))
-            if state["world_size"] != ranks.world_size:
-                changes.append(f"ranks {state['world_size']} -> {ranks.world_size}")
+            state = checkpoint.load(folder, engine, lambda state: _check_resume(state, trainer(), config))
+            values = {name: state[name] for name in dataclasses.asdict(progress)}
+            progress = Progress(**values | {"position": Position(**state["position"])})
+            changes = _changes(state, trainer())
+            if state["data"] == hashes["data"]:
+                data.seek(progress.position)
+            else:
+                progress.position = data.position  # the beginning
             origin = f"resumed from {folder}" + (f"; changed since: {', '.join(changes)}" if changes else "")
+            saved: int | None = progress.step
         else:
-            step = tokens = 0
-            origin, init_bundle = _start_weights(engine, config)
-        _load_emo_rows(engine, config, init_bundle)
-        n_steps = config.train.steps
+            origin, progress.init_bundle = _start_weights(engine, config)
+            changes, saved = [], None
+        if changes or not progress.lineage or progress.lineage[-1]["source"] != source:
+            start_ = {"step": progress.step, "changes": changes, "source": source}
+            progress.lineage.append(start_ | ({} if folder else {"origin": origin}))
+        _load_emo_rows(engine, config, progress.init_bundle)
+        n_steps, every = config.train.steps, config.checkpoint.every_steps
         last_step = config.train.stop_at_step or n_steps
-        every = config.metrics.statistics_every_steps
 
         metrics: Metrics | None = None
         if ranks.is_first:
             _describe_run(run, config, engine, source)
-            metrics = stack.enter_context(Metrics(run, config.metrics, n_steps=n_steps, resume_step=step))
-            for warning in warnings:
-                metrics.message(f"WARNING: {warning}")
+            metrics = stack.enter_context(Metrics(run, config.metrics, n_steps=n_steps, resume_step=progress.step))
             peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype)
-            metrics.message(describe(config, ranks.world_size))
-            for note in base_notes(config.model):
-                metrics.message(note)
-            metrics.message(f"attention   {engine.module.backend}: {engine.backend_reason}")
-            metrics.message(f"optimizer   {config.optim.name}, {engine.optimizer.kernel_reason}")
-            metrics.message(f"start       {origin}\n{peak_source}")
-        log.info("step %d of %d: %s", step, n_steps, origin)
-        if step >= last_step and metrics:
-            limit = "train.steps" if last_step == n_steps else "train.stop_at_step"
-            metrics.message(f"nothing to do: {run} is at step {step}; raise {limit} to train on")
+            notes = [
+                *(f"WARNING: {warning}" for warning in warnings),
+                describe(config, ranks.world_size),
+                *base_notes(config.model),
+                f"attention   {engine.module.backend}: {engine.backend_reason}",
+                f"optimizer   {config.optim.name}, {engine.optimizer.kernel_reason}",
+                f"start       {origin}\n{peak_source}",
+            ]
+            metrics.message("\n".join(notes))
+        log.info("step %d of %d: %s", progress.step, n_steps, origin)
 
-        def save(folder: Path, extra: dict[str, Any], tensors: dict[str, Tensor], keep_last: int) -> Path:
-            trainer = {
-                "step": step, "tokens": tokens, "position": dataclasses.asdict(data.position),
-                "n_updates": engine.optimizer.n_updates, "guard": engine.guard.state_dict(),
-                "config": _plain(config), "data": data.fingerprint, "source": source,
-                "world_size": ranks.world_size, "init_bundle": init_bundle, **extra,
-            }  # fmt: skip
-            path = checkpoint.save(folder, engine, trainer, tensors, step=step, keep_last=keep_last)
-            log.info("saved %s", path)
-            return path
-
-        if folder is None and "rollback" in (config.guard.on_nonfinite, config.guard.on_spike):
-            save(run / "checkpoints", {}, {}, config.checkpoint.keep_last)  # there must be something to go back to
-
-        warnings = []
-        while step < last_step:
-            # ----- one optimizer step -----------------------------------------------------------------------------
-            began = time.perf_counter()
-            micro_batches = data.next_step()
-            lr = config.optim.lr * lr_factor(config.optim, step + 1, n_steps)
-            loss_scale = engine.guard.loss_scale
-            has_statistics = every is not None and (step + 1) % every == 0
-            result = engine.train_step(micro_batches, lr, step + 1, statistics=has_statistics)
-            step, tokens = step + 1, tokens + result.n_targets
-            # --------------------------------------------------------------------------------------------------------
-            if result.status == "rolled back":
-                folder, warnings = checkpoint.find(run / "checkpoints", ranks)
-                assert folder is not None
-                checkpoint.restore(folder, engine)
-                warnings.append(
-                    f"{result.note}{_culprits(result)}: back to the weights of {folder}; the batches of steps "
-                    f"{checkpoint.step_of(folder) + 1} to {step} are left out"
-                )
-            step_s = time.perf_counter() - began
-            if result.note is not None:
-                rows = [[data.locate(sample) for sample in batch.samples] for batch in micro_batches]
-                log.warning("%s%s; rows of this rank: %s", result.note, _culprits(result), rows)
+        def say(text: str) -> None:
+            log.info("%s", text)
             if metrics:
-                flops = flops_per_token(config.model, _mean_visible_keys(micro_batches)) * config.batch_tokens
-                metrics.log_step(
-                    StepRecord(
-                        step=step, loss=result.loss, grad_norm=result.grad_norm, lr=lr, tokens=tokens,
-                        tokens_per_s=result.n_targets / step_s, mfu=flops / step_s / (peak * ranks.world_size),
-                        memory_gib=memory_gib(engine.device), status=result.status,
-                        loss_scale=engine.guard.loss_scale, data_wait_s=data.wait_s, step_s=step_s,
-                        epoch=data.position.epoch + data.position.sample / data.n_rows,
-                    )
-                )  # fmt: skip
-                if result.note is not None and result.status != "rolled back":
-                    warnings.append(f"{result.note}{_culprits(result)}")
-                for warning in warnings:
-                    metrics.message(f"WARNING: {warning}")
-                if result.statistics is not None:
-                    metrics.log_statistics(_statistics(step, result))
-            warnings = []
-            if engine.guard.reason_to_stop:
-                reason = f"{engine.guard.reason_to_stop}{_culprits(result)}"
-                of_ranks = dist.gather({str(ranks.rank): rows})
-                is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-                facts = {"loss_scale": loss_scale, "reason": reason, "rows": of_ranks, "is_finite": is_finite}
-                finds = (
-                    "looks for numbers that are not finite" if is_finite else "finds the module in which they appear"
+                metrics.message(text)
+
+        if progress.step >= last_step:
+            limit = "train.steps" if last_step == n_steps else "train.stop_at_step"
+            say(f"nothing to do: {run} is at step {progress.step}; raise {limit} to train on")
+
+        # ----- saving: begun at a step, taken note of where all ranks meet next ---------------------------------------
+        begun = saved
+        n_failures, retry_at = 0, n_steps + 1
+
+        def settle() -> None:
+            nonlocal begun, saved, n_failures, retry_at
+            try:
+                if saver.finish():
+                    saved, n_failures, retry_at = begun, 0, n_steps + 1
+            except OSError as error:
+                begun, retry_at = saved, progress.step + min(2**n_failures, every)
+                n_failures += 1
+                say(f"WARNING: {error}; training goes on, and tries again at step {retry_at}: make room")
+
+        def save() -> None:
+            nonlocal begun
+            settle()
+            begun = progress.step
+            saver.start(checkpoints, trainer(), step=progress.step)
+
+        def save_and_wait() -> None:
+            """Have a checkpoint of this step, before the program ends."""
+            for wait_s in (0.0, *RETRY_S):
+                settle()
+                if saved == progress.step:
+                    return
+                time.sleep(wait_s)
+                save()
+            settle()
+            if saved != progress.step:
+                raise TrainingStopped(
+                    f"the checkpoint of step {progress.step} cannot be written to {checkpoints}: make room, then run "
+                    f"the same command again: it goes on from {f'step {saved}' if saved is not None else 'the start'}"
                 )
-                try:
-                    kept = f"`tools/replay_step.py {save(run / 'dumps', facts, _tensors(micro_batches), 1)}` {finds}"
-                except OSError as error:  # the reason of the stop matters more
-                    kept = f"the step is not kept for tools/replay_step.py: {error}"
-                raise TrainingStopped(f"{reason}; the rows are in {run / 'logs'}; {kept}")
-            if valid and config.evaluate.every_steps and (step % config.evaluate.every_steps == 0 or step == n_steps):
-                loss, n_tokens = validation_loss(engine, valid, config.evaluate.n_rows)
+
+        def met(read: Callable[[], T]) -> T | None:
+            """Read data where all ranks meet: a signal or a failure on one is one on all, and is seen by who waits."""
+            value = error = None
+            try:
+                value = read()
+            except Interrupted:
+                pass  # for the same reason the meeting will not let us go on
+            except Exception as failure:
+                error = failure
+            if preemption.meet(error=error, flag=saver.has_finished):
+                settle()
+            return value
+
+        def validation_rows(valid: Batches) -> Iterator[Batch]:
+            rows = valid.first_rows(config.evaluate.n_rows)
+            while batch := met(lambda: next(rows, None)):
+                yield batch
+
+        may_roll_back = "rollback" in (config.guard.on_nonfinite, config.guard.on_spike)
+        try:
+            while True:
+                if valid and progress.validated != progress.step and _is_due(config, progress.step):
+                    loss, n_tokens = validation_loss(engine, validation_rows(valid))
+                    progress.validated = progress.step
+                    if metrics:
+                        metrics.log_validation(progress.step, loss, n_tokens)
+                if progress.step >= last_step:
+                    break
+                # at the start there must be something to go back to
+                is_due = progress.step % every == 0 if progress.step else may_roll_back
+                if begun != progress.step and (is_due or progress.step >= retry_at):
+                    save()
+
+                # ----- one optimizer step -------------------------------------------------------------------------
+                began = time.perf_counter()
+                micro_batches = met(data.next_step)
+                assert micro_batches is not None
+                step = progress.step + 1
+                lr = config.optim.lr * lr_factor(config.optim, step, n_steps)
+                loss_scale = engine.guard.loss_scale
+                statistics_every = config.metrics.statistics_every_steps
+                result = engine.train_step(
+                    micro_batches, lr, step, statistics=statistics_every is not None and step % statistics_every == 0,
+                    between=preemption.meet,
+                )  # fmt: skip
+                progress.step, progress.position = step, data.position
+                progress.tokens += result.n_targets
+                # ----------------------------------------------------------------------------------------------------
+
+                remarks: list[str] = []
+                if result.status == "rolled back":
+                    settle()
+                    folder, remarks = checkpoint.find(checkpoints, ranks)
+                    if folder is None:
+                        raise TrainingStopped(f"{result.note}: and no checkpoint could be written to roll back to")
+                    checkpoint.restore(folder, engine)
+                    remarks.append(
+                        f"{result.note}{_culprits(result)}: back to the weights of {folder}; the batches of steps "
+                        f"{checkpoint.step_of(folder) + 1} to {step} are left out"
+                    )
+                elif result.note is not None:
+                    remarks.append(f"{result.note}{_culprits(result)}")
+                step_s = time.perf_counter() - began
+                if result.note is not None:
+                    rows = [[data.locate(sample) for sample in batch.samples] for batch in micro_batches]
+                    log.warning("%s%s; rows of this rank: %s", result.note, _culprits(result), rows)
                 if metrics:
-                    metrics.log_validation(step, loss, n_tokens)
-            if step % config.checkpoint.every_steps == 0 or step == last_step:
-                save(run / "checkpoints", {}, {}, config.checkpoint.keep_last)
-        if metrics and step < n_steps:
-            metrics.message(f"stopped at step {step}, as train.stop_at_step says; the same command without it goes on")
-    log.info("done at step %d", step)
+                    flops = flops_per_token(config.model, _mean_visible_keys(micro_batches)) * config.batch_tokens
+                    metrics.log_step(
+                        StepRecord(
+                            step=step, loss=result.loss, grad_norm=result.grad_norm, lr=lr, tokens=progress.tokens,
+                            tokens_per_s=result.n_targets / step_s, mfu=flops / step_s / (peak * ranks.world_size),
+                            memory_gib=memory_gib(engine.device), status=result.status,
+                            loss_scale=engine.guard.loss_scale, data_wait_s=data.wait_s, step_s=step_s,
+                            epoch=data.position.epoch + data.position.sample / data.n_rows,
+                        )
+                    )  # fmt: skip
+                    for remark in remarks:
+                        metrics.message(f"WARNING: {remark}")
+                    if result.statistics is not None:
+                        metrics.log_statistics(_statistics(step, result))
+                if engine.guard.reason_to_stop:
+                    reason = f"{engine.guard.reason_to_stop}{_culprits(result)}"
+                    of_ranks = dist.gather({str(ranks.rank): rows})
+                    is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+                    facts = {"loss_scale": loss_scale, "reason": reason, "rows": of_ranks, "is_finite": is_finite}
+                    finds = (
+                        "looks for numbers that are not finite"
+                        if is_finite
+                        else "finds the module in which they appear"
+                    )
+                    settle()
+                    dumps = run / "dumps"
+                    try:
+                        saver.start(dumps, trainer() | facts, _tensors(micro_batches), step=step, keep_last=1)
+                        saver.finish()
+                        kept = f"`tools/replay_step.py {dumps / f'step_{step:08d}'}` {finds}"
+                    except OSError as error:  # the reason of the stop matters more
+                        kept = f"the step is not kept for tools/replay_step.py: {error}"
+                    raise TrainingStopped(f"{reason}; the rows are in {run / 'logs'}; {kept}")
+        except Interruption as interruption:
+            if progress.step:
+                save_and_wait()
+            kept = f"saved after step {progress.step}" if progress.step else "before the first step"
+            say(f"stopped: {interruption}; {kept}; the same command goes on")
+            interruption.end()
+        if progress.step != saved:
+            save_and_wait()
+        if progress.step < n_steps:
+            say(f"stopped at step {progress.step}, as train.stop_at_step says; the same command without it goes on")
+
+
+def _is_due(config: Config, step: int) -> bool:
+    """Whether the validation loss belongs to this step."""
+    assert config.evaluate.every_steps is not None
+    return step > 0 and (step % config.evaluate.every_steps == 0 or step == config.train.steps)
 
 
 def _culprits(result: StepResult) -> str:
@@ -266,7 +391,6 @@ def _start_weights(engine: Engine, config: Config) -> tuple[str, str | None]:
             return whole[segment.name][segment.start : segment.stop]
 
         engine.load(initial)
-        engine.check_weights()
         return f"new weights from train.seed={seed}", None
     bundle = Bundle(config.train.init_from, check_hashes=engine.ranks.is_first)
     _check_init(bundle, config.model)
@@ -276,7 +400,6 @@ def _start_weights(engine: Engine, config: Config) -> tuple[str, str | None]:
         f"mean other text: prepare the data with {bundle.tokenizer}",
     )
     engine.load(bundle.read)
-    engine.check_weights()
     return f"weights of {bundle.folder}", _fingerprint(bundle)
 
 
@@ -350,26 +473,81 @@ def _fingerprint(bundle: Bundle) -> str:
     return sha256(bundle.folder / "manifest.json")
 
 
-def _check_resume(trainer: dict[str, Any], config: Config, data: Batches) -> None:
-    """Refuse to go on from a checkpoint of another model, optimizer family or order of data."""
-    differing = _differences(trainer["config"]["model"], _plain(config.model), "model.")
-    differing = [line for line in differing if not line.startswith("model.attention.backend")]
-    old, new = trainer["config"]["optim"], _plain(config.optim)
-    states = [(o["name"], o.get("embedding") == "adamw") for o in (old, new)]
-    if states[0] != states[1]:
-        lines = _differences(old, new, "optim.")
-        differing += [line for line in lines if line.split()[0] in ("optim.name", "optim.embedding")]
+HARMLESS = (
+    "train.run", "train.stop_at_step", "train.accept_changes", "train.micro_batch_size", "train.seed",
+    "train.init_from", "engine.zero_stage", "engine.bucket_elements", "engine.timeout_s", "metrics.", "checkpoint.",
+    "evaluate.", "data.", "model.attention.backend",
+)  # fmt: skip
+"""Keys, or sections, that leave the run what it is: where and how it is computed, shown and kept. What they name (data,
+bundle) is compared by its content."""
+
+
+def _check_resume(state: dict[str, Any], own: dict[str, Any], config: Config) -> None:
+    """Refuse a checkpoint that is none, is of another model, or differs in what the config does not accept.
+
+    Args:
+        state, own: the trainer.json of the checkpoint, and that which this run would write.
+    """
+    where = f"train.run={config.train.run}"
     require(
-        not differing,
-        f"train.run={config.train.run} holds a checkpoint of another model or optimizer: {'; '.join(differing)}: "
+        _fits({key: value for key, value in own.items() if key not in ("config", "lineage")}, state)
+        and isinstance(state.get("config"), dict)
+        and isinstance(state.get("lineage"), list),
+        f"{where}: the trainer.json of its checkpoint at step {state.get('step')} is not of the form that this version "
+        "writes: use the version of megakexue that wrote it, or remove that folder to go on from the one before",
+    )
+    old, new = state["config"], own["config"]
+    differing = _differences(old, new)
+    of_model = [line for line in differing if line.startswith("model.") and not line.startswith(HARMLESS)]
+    families = [(c["optim"]["name"], c["optim"].get("embedding") == "adamw") for c in (old, new)]
+    if families[0] != families[1]:
+        of_model += [line for line in differing if line.split()[0] in ("optim.name", "optim.embedding")]
+    require(
+        not of_model,
+        f"{where} holds a checkpoint of another model or optimizer: {'; '.join(of_model)}: "
         "undo the change, or choose another train.run",
     )
     require(
-        trainer["data"] == data.fingerprint,
-        f"train.run={config.train.run}: its checkpoint was made with other data, weights, data.shuffle or "
-        "data.shuffle_seed, so its position in the data means nothing: undo the change, or start a new train.run from "
-        "an exported bundle (train.init_from)",
+        state["tokenizer"] == own["tokenizer"],
+        f"{where}: its checkpoint was trained with another tokenizer than data.tokenizer={config.data.tokenizer}, so "
+        f"the ids mean other text: use {config.train.run}/tokenizer.model and data made with it",
     )
+    asked = [line for line in differing if not line.startswith(HARMLESS)]
+    if state["data"] != own["data"]:
+        asked.append("data: other rows, weights, data.shuffle or data.shuffle_seed, so its position means nothing")
+    keys = [line.split()[0].rstrip(":") for line in asked]
+    accepted = config.train.accept_changes
+    require(
+        set(keys) <= set(accepted),
+        f"{where}: its checkpoint at step {state['step']} was made with other settings: {'; '.join(asked)}: undo the "
+        f"change, or take it from here on with 'train.accept_changes=[{','.join(sorted({*keys, *accepted}))}]'",
+    )
+
+
+def _changes(state: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """One line for each thing that is not as it was at the checkpoint, but where the run lies and stops."""
+    lines = _differences(state["config"], own["config"])
+    lines = [line for line in lines if not line.startswith(("train.run ", "train.stop_at_step ", "train.accept_"))]
+    if state["data"] != own["data"]:
+        lines.append("data, read from the beginning")
+    old, new = state["world_size"], own["world_size"]
+    if old != new:
+        fresh = f" (from rank {old} on with random states of their own)" if new > old else ""
+        lines.append(f"ranks {old} -> {new}{fresh}")
+    return lines
+
+
+def _fits(like: Any, value: Any) -> bool:
+    """Whether a JSON value has the keys of `like`, and strings, flags and finite numbers where it has them."""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(key in value and _fits(like[key], value[key]) for key in like)
+    if isinstance(like, list):
+        return isinstance(value, list) and all(_fits(0.0, x) for x in value)
+    if like is None or isinstance(like, str):
+        return value is None or isinstance(value, str)
+    if isinstance(like, bool) or isinstance(value, bool):
+        return isinstance(like, bool) and isinstance(value, bool)
+    return isinstance(value, int if isinstance(like, int) else int | float) and math.isfinite(value)
 
 
 def _plain(section: Any) -> dict[str, Any]:

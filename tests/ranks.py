@@ -1,12 +1,33 @@
-"""Run a function on N real processes joined by gloo, and get back what each returned."""
+"""Run a function on N real processes joined by gloo: get back what each returned, or have them to kill.
+
+A rank is a fork of a server that has imported torch, DeepSpeed and the trainer once, since importing takes some eight
+seconds. What must stay true: the imports start no thread and touch no device, for a fork would copy them in pieces. A
+rank has the environment, the folder, stdout and stderr that its caller has at the time; but what libraries read on
+import they read in the server, and all ranks have its hash seed.
+"""
 
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
+
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+}  # fmt: skip
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    # muon is what DeepSpeed imports, and torch's compiler with it, at the first `initialize`
+    ["pytest", "hypothesis", "deepspeed.runtime.zero.muon.muon_optimizer", "megakexue.train", "megakexue.prepare"]
+)
 
 
 def free_port() -> int:
@@ -15,20 +36,50 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _child(function: Callable, rank: int, n: int, port: int, args: tuple, results: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(n),
-        "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+def _rank(environment: dict[str, str], outputs: list[Connection], function: Callable, args: tuple) -> None:
+    assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "the server was forked while it had threads"
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(output.fileno(), number)
     import torch
 
     torch.set_num_threads(1)
+    function(*args)
+
+
+def start_on_ranks(n: int, function: Callable, *args: Any) -> list[BaseProcess]:
+    """Start `function(*args)` in `n` processes at once, for the caller to join or to kill.
+
+    The function must be importable (a module's top level). A rank that raises prints its traceback and ends with exit
+    code 1; one that is killed by a signal has its negative number as exit code.
+    """
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+    shared = os.environ | ENVIRONMENT | {
+        "WORLD_SIZE": str(n), "LOCAL_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    # the server has the stdout of the test that was the first to need it; a connection is what hands files on
+    outputs = [Connection(os.dup(number), readable=False) for number in (1, 2)]
+    processes: list[BaseProcess] = []
+    for rank in range(n):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(CONTEXT.Process(target=_rank, args=(environment, outputs, function, args)))
+    for process in processes:
+        process.start()
+        if n > 1 and process is processes[0]:
+            time.sleep(0.1)  # a rank that finds no store on rank 0 yet tries again half a second later
+    return processes
+
+
+def _write_result(folder: Path, function: Callable, args: tuple) -> None:
+    path = folder / os.environ["RANK"]
     try:
-        # plain pickle: the queue's own would share tensors' memory, which ends with this process
-        results.put((rank, True, pickle.dumps(function(*args))))
+        path.write_bytes(pickle.dumps(function(*args)))
     except BaseException:
-        results.put((rank, False, traceback.format_exc()))
+        path.write_text(traceback.format_exc())
+        raise
 
 
 def run_on_ranks(n: int, function: Callable, *args: Any, timeout_s: float = 540) -> list[Any]:
@@ -37,19 +88,22 @@ def run_on_ranks(n: int, function: Callable, *args: Any, timeout_s: float = 540)
     The function must be importable (a module's top level), and what it returns must pickle. The first failure of any
     rank raises here with its traceback, and ends the others.
     """
-    context = get_context("spawn")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=_child, args=(function, r, n, port, args, results)) for r in range(n)]
-    for process in processes:
-        process.start()
-    values: dict[int, Any] = {}
-    try:
-        for _ in range(n):
-            rank, ok, value = results.get(timeout=timeout_s)
-            assert ok, f"rank {rank} of {n} failed:\n{value}"
-            values[rank] = pickle.loads(value)
-    finally:
-        for process in processes:
-            process.join(20 if len(values) == n else 0)
-            process.kill()
-    return [values[rank] for rank in range(n)]
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / str(rank) for rank in range(n)]
+        deadline = time.monotonic() + timeout_s
+        processes = start_on_ranks(n, _write_result, Path(folder), function, args)
+        running = dict(enumerate(processes))
+        try:
+            while running:
+                ended = wait([process.sentinel for process in running.values()], deadline - time.monotonic())
+                assert ended, f"ranks {sorted(running)} of {n} have not ended after {timeout_s} s"
+                for rank, code in [(rank, process.exitcode) for rank, process in running.items()]:
+                    if code is not None:
+                        del running[rank]
+                        reason = paths[rank].read_text() if code == 1 else f"exit code {code}"
+                        assert code == 0, f"rank {rank} of {n} failed:\n{reason}"
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(path.read_bytes()) for path in paths]

@@ -1,17 +1,25 @@
-"""Checkpoints: across stages and world sizes, damage found, leftovers ignored, the newest kept."""
+"""Checkpoints: across stages and world sizes, in a thread, damage found, leftovers ignored, the newest kept."""
 
+import hashlib
 import json
+import os
+import pickle
+import random
 import resource
 import shutil
+import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megakexue import checkpoint
-from megakexue.config import Config, UserError
+from megakexue.config import CheckpointConfig, Config, UserError
 from megakexue.dist import Ranks
 from tests.conftest import Prepared
 from tests.ranks import run_on_ranks
@@ -25,6 +33,14 @@ def _fill(engine: Any, base: int) -> None:
     engine.load(
         lambda kind, s: torch.arange(s.start, s.stop) * 2.0**-9 + base + len(kind) + hash_of(s.name), with_state=True
     )
+
+
+def save(engine: Any, folder: Path, step: int, **config: Any) -> Path:
+    """Write the checkpoint of `step` and wait for it."""
+    saver = checkpoint.Saver(engine, CheckpointConfig(**{"every_steps": 1, "keep_last": 2} | config))
+    saver.start(folder, {"step": step, "n_updates": 7, "guard": engine.guard.state_dict()}, step=step)
+    assert saver.finish()
+    return folder / f"step_{step:08d}"
 
 
 def hash_of(name: str) -> int:
@@ -44,9 +60,9 @@ def save_then_load(config: Config, folder: Path, stages: list[int]) -> list[str]
         _fill(engines[source], base=source)
         engines[source].optimizer.n_updates = 7
         engines[source].guard.n_good_in_row = 5
-        state = {"step": source + 1, "n_updates": 7, "guard": engines[source].guard.state_dict()}
         here = folder / f"from_{source}"
-        checkpoint.save(here, engines[source], state, step=source + 1, keep_last=2)
+        # a copy in a thread, or straight
+        save(engines[source], here, source + 1, asynchronous=source % 2 == 0)
         found, _ = checkpoint.find(here, ranks)
         assert found is not None
         for target in stages:
@@ -101,8 +117,7 @@ def write_checkpoints(config: Config, folder: Path) -> None:
     _fill(engine, base=0)
     (folder / "step_00000009.tmp").mkdir(parents=True)  # as a kill leaves it
     for step in (1, 2, 3):
-        state = {"step": step, "n_updates": step, "guard": engine.guard.state_dict()}
-        checkpoint.save(folder, engine, state, step=step, keep_last=2)
+        save(engine, folder, step)
 
 
 def load_expecting(config: Config, folder: Path) -> str:
@@ -116,7 +131,16 @@ def load_expecting(config: Config, folder: Path) -> str:
     return "loaded"
 
 
-def test_damage_is_found_and_the_one_before_is_used(prepared: Prepared, tmp_path: Path) -> None:
+class Payload:
+    """What a hostile pickle would run."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch hacked",)
+
+
+def test_damage_is_found_and_the_one_before_is_used(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(prepared)
     folder = tmp_path / "checkpoints"
     run_on_ranks(1, write_checkpoints, config, folder)
@@ -124,36 +148,69 @@ def test_damage_is_found_and_the_one_before_is_used(prepared: Prepared, tmp_path
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000003"]
     assert (folder / "latest").read_text() == "step_00000003\n"
     newest = folder / "step_00000003"
+    tensors = newest / "rank_00000.safetensors"
 
-    def flip_a_bit(path: Path) -> None:
-        data = bytearray(path.read_bytes())
+    def flip_a_bit() -> None:
+        data = bytearray(tensors.read_bytes())
         data[len(data) // 2] ^= 1
-        path.write_bytes(data)
+        tensors.write_bytes(data)
 
     def set_manifest(change: dict[str, Any]) -> None:
         manifest = json.loads((newest / "manifest.json").read_text())
         (newest / "manifest.json").write_text(json.dumps(manifest | change))
 
+    def put(path: Path, content: bytes) -> None:
+        """As someone who wants it to be believed: with the right size and hash in the manifest."""
+        path.write_bytes(content)
+        files = json.loads((newest / "manifest.json").read_text())["files"]
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        set_manifest({"files": files | {path.name: entry}})
+
+    def put_tensors(change: dict[str, torch.Tensor]) -> None:
+        save_file(load_file(tensors) | change, tensors)
+        put(tensors, tensors.read_bytes())
+
+    def link() -> None:
+        (tmp_path / "elsewhere").write_bytes(tensors.read_bytes())
+        tensors.unlink()
+        tensors.symlink_to(tmp_path / "elsewhere")
+
+    key = "master/embedding.weight/0"
+    one_nan = torch.ones(517 * 36)
+    one_nan[-1] = torch.nan
     outside = {"../../latest": {"size": 1, "sha256": ""}}
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    monkeypatch.chdir(tmp_path)
     for damage, message in [
-        (lambda: flip_a_bit(newest / "rank_00000.safetensors"), "does not have the sha256 of the manifest"),
-        (lambda: (newest / "trainer.json").unlink(), "trainer.json is missing"),
-        (lambda: (newest / "rank_00000.safetensors").write_bytes(b"short"), "has 5 bytes instead of"),
+        (flip_a_bit, "does not have the sha256 of the manifest"),
+        (lambda: os.truncate(tensors, 5000), "has 5000 bytes instead of"),
+        ((newest / "trainer.json").unlink, "trainer.json is missing"),
+        (lambda: shutil.rmtree(newest) or newest.mkdir(), "cannot read the manifest of a checkpoint"),
         (lambda: (newest / "manifest.json").write_text("{"), "cannot read the manifest of a checkpoint"),
-        (lambda: (newest / "manifest.json").unlink(), "cannot read the manifest of a checkpoint"),
-        (lambda: set_manifest({"format": 99}), "format 99 is not 3"),
-        (lambda: set_manifest({"files": outside}), "names '../../latest', which is outside the folder"),
+        (lambda: (newest / "manifest.json").write_text("[" * 100_000), "RecursionError"),
+        (lambda: set_manifest({"format": 99}), "format 99 is not 4"),
+        (lambda: set_manifest({"files": files | outside}), "names '../../latest', which no checkpoint has"),
+        (lambda: set_manifest({"files": files | {"a.pt": {}}}), "names 'a.pt', which no checkpoint has"),
+        (lambda: set_manifest({"files": {}}), "the manifest lacks ['rank_00000.safetensors', 'trainer.json']"),
         (lambda: set_manifest({"files": []}), "AttributeError"),
-    ]:
+        (lambda: put(newest / "trainer.json", b'{"step": 7}'), "trainer.json: it is of step 7, not 3"),
+        (lambda: put(tensors, pickle.dumps(Payload())), "rank_00000.safetensors: it is no safetensors file"),
+        (lambda: put(tensors, struct.pack("<Q", 2**62) + b"{}"), "it is no safetensors file: Error while des"),
+        (lambda: put_tensors({key: one_nan}), f"{key} is not finite"),
+        (lambda: put_tensors({key: torch.ones(517, 36)}), f"{key} has 2 axes instead of 1"),
+        (lambda: put_tensors({"../x": torch.ones(1)}), "it holds '../x', which no checkpoint has"),
+        (link, "rank_00000.safetensors is a link"),
+    ]:  # fmt: skip
         shutil.copytree(folder, tmp_path / "spare")
         damage()
         found, warnings = checkpoint.find(folder, ALONE)
         assert found == folder / "step_00000002", message
-        assert len(warnings) == 1 and message in warnings[0] and "step_00000003" in warnings[0]
+        assert len(warnings) == 1 and message in warnings[0] and "step_00000003" in warnings[0], warnings
         # put aside, so that it neither comes back nor takes a place among the kept
         assert not newest.exists() and newest.with_suffix(".damaged").is_dir()
         shutil.rmtree(folder)
         (tmp_path / "spare").rename(folder)
+    assert not (tmp_path / "hacked").exists()
     assert checkpoint.find(folder, ALONE) == (newest, [])
     for path in checkpoint.step_folders(folder):
         (path / "trainer.json").unlink()
@@ -162,25 +219,76 @@ def test_damage_is_found_and_the_one_before_is_used(prepared: Prepared, tmp_path
     assert checkpoint.find(tmp_path / "none", ALONE) == (None, [])
 
 
-def save_after_fallback(config: Config, folder: Path) -> list[str]:
+def save_and_list(config: Config, folder: Path) -> list[list[str]]:
     from megakexue.engine import Engine, start
 
     engine = Engine(config, start(config.engine))
     _fill(engine, base=0)
     for step in (20, 30):
-        checkpoint.save(folder, engine, {"step": step}, step=step, keep_last=2)
+        save(engine, folder, step)
     (folder / "step_00000030" / "trainer.json").unlink()
     shutil.copytree(folder / "step_00000020", folder / "step_00000020_best")
     found, _ = checkpoint.find(folder, ALONE)
     assert found is not None and found.name == "step_00000020"
-    saved = checkpoint.save(folder, engine, {"step": 25}, step=25, keep_last=1)
-    assert saved.is_dir()
-    return sorted(path.name for path in folder.iterdir())
+    assert save(engine, folder, 25, keep_last=1).is_dir()
+    lists = [sorted(path.name for path in folder.iterdir())]
+    for step in range(1, 11):
+        save(engine, folder / "every", step, keep_every=4)
+    return [*lists, sorted(path.name for path in (folder / "every").iterdir())]
 
 
-def test_keeping_the_last_removes_neither_the_new_one_nor_the_users_own(prepared: Prepared, tmp_path: Path) -> None:
-    (names,) = run_on_ranks(1, save_after_fallback, make_config(prepared), tmp_path)
-    assert names == ["latest", "step_00000020_best", "step_00000025", "step_00000030.damaged"]
+def test_what_is_kept(prepared: Prepared, tmp_path: Path) -> None:
+    ((after_fallback, every),) = run_on_ranks(1, save_and_list, make_config(prepared), tmp_path)
+    assert after_fallback == ["latest", "step_00000020_best", "step_00000025", "step_00000030.damaged"]
+    assert every == ["latest", "step_00000004", "step_00000008", "step_00000009", "step_00000010"]
+
+
+def change_while_saving(config: Config, folder: Path) -> tuple[bool, bool, bool]:
+    """Begin to save, train on, and load: was the call over early, is the moment kept, are both the same?"""
+    from megakexue.data import Batches
+    from megakexue.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    _fill(engine, base=3)
+    saver = checkpoint.Saver(engine, CheckpointConfig())
+    copy, gate = torch.Tensor.copy_, threading.Event()
+
+    def late(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Copies in the thread wait until training is about to change something."""
+        if threading.current_thread() is not threading.main_thread():
+            gate.wait(20)
+        return copy(self, *arguments, **options)
+
+    torch.Tensor.copy_ = late  # type: ignore[method-assign, assignment]
+    state = {"step": 1, "n_updates": 7, "guard": engine.guard.state_dict()}
+    saver.start(folder, state, step=1)
+    wait = engine.before_change
+    engine.before_change = lambda: (gate.set(), wait())  # type: ignore[func-returns-value, assignment, return-value]
+    data = Batches(
+        config.data, global_batch_size=8, micro_batch_size=2, rank=ranks.rank, world_size=ranks.world_size,
+        local_rank=ranks.rank, local_world_size=ranks.world_size, cache=folder,
+    )  # fmt: skip
+    batches = data.next_step()
+    was_early = not gate.is_set()
+    engine.train_step(batches, 1e-2, 1)
+    torch.Tensor.copy_ = copy  # type: ignore[method-assign]
+    changed = [view.clone() for _, views in engine.state_tensors() for view in views.values()]
+    assert saver.finish() and not saver.finish()
+    checkpoint.restore(folder / "step_00000001", engine)
+    states = [(kind, s, view) for s, views in engine.state_tensors() for kind, view in views.items()]
+    kept = all(
+        torch.equal(view, torch.arange(s.start, s.stop) * 2.0**-9 + 3 + len(kind) + hash_of(s.name))
+        for kind, s, view in states
+    )
+    return was_early, kept, all(torch.equal(view, now) for now, (_, _, view) in zip(changed, states))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", ["gradient", "momentum"])
+def test_training_goes_on_and_the_moment_is_kept(prepared: Prepared, tmp_path: Path, accumulate: str) -> None:
+    config = make_config(prepared, stage=1, optim={"name": "tiger", "accumulate": accumulate})
+    assert run_on_ranks(2, change_while_saving, config, tmp_path) == [(True, True, False)] * 2
 
 
 def save_on_a_full_disk(config: Config, folder: Path) -> str:
@@ -190,22 +298,94 @@ def save_on_a_full_disk(config: Config, folder: Path) -> str:
     ranks = start(config.engine)
     engine = Engine(config, ranks)
     _fill(engine, base=0)
-    checkpoint.save(folder, engine, {"step": 1}, step=1, keep_last=2)
+    save(engine, folder, 1)
     if not ranks.is_first:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     try:
-        checkpoint.save(folder, engine, {"step": 2}, step=2, keep_last=2)
+        save(engine, folder, 2)
     except OSError as error:
         return str(error)
     return "saved"
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_all_ranks_and_leaves_the_old_one(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_full_disk_is_known_to_all_ranks_and_leaves_the_old_one(prepared: Prepared, tmp_path: Path) -> None:
     messages = run_on_ranks(2, save_on_a_full_disk, make_config(prepared, stage=1), tmp_path)
     for message in messages:
-        assert "cannot save" in message and "rank 1" in message and "make room, then run the same command" in message
+        assert "cannot save" in message and "rank 1" in message and "step_00000002" in message
     assert checkpoint.find(tmp_path, ALONE) == (tmp_path / "step_00000001", [])
+    assert not list(tmp_path.glob("*.tmp"))  # the room is given back
+
+
+def numbers() -> tuple[Any, ...]:
+    return torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand()
+
+
+def random_numbers(config: Config, folder: Path, is_saving: bool) -> tuple[Any, ...]:
+    """The numbers that follow a save, or those that follow a load."""
+    from megakexue.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    _fill(engine, base=0)
+    for seeds in (torch.manual_seed, random.seed, np.random.seed):
+        seeds(ranks.rank + 5 * is_saving)
+    random.gauss(0, 1), np.random.normal()  # each keeps the second of a pair
+    if is_saving:
+        save(engine, folder, 1)
+    else:
+        checkpoint.restore(folder / "step_00000001", engine)
+    return numbers()
+
+
+@pytest.mark.slow
+def test_random_states_go_on_and_further_ranks_get_their_own(prepared: Prepared, tmp_path: Path) -> None:
+    config = replace(make_config(prepared, stage=1), train=replace(make_config(prepared).train, global_batch_size=12))
+    saved = run_on_ranks(2, random_numbers, config, tmp_path, True)
+    assert run_on_ranks(1, random_numbers, config, tmp_path, False) == saved[:1]
+    loaded = run_on_ranks(3, random_numbers, config, tmp_path, False)
+    assert loaded[:2] == saved
+    assert len({str(x) for x in loaded}) == 3
+    assert run_on_ranks(3, random_numbers, config, tmp_path, False) == loaded
+
+
+def load_and_watch(config: Config, folder: Path) -> tuple[int, int, int, int]:
+    """Bytes of this rank's share, and by how many this process grew while it was read, loaded, and by a refresh."""
+    from megakexue.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    engine.load(lambda kind, s: torch.ones(s.numel), with_state=True)
+    save(engine, folder, 1, asynchronous=False)
+    share = sum(view.nbytes for _, views in engine.state_tensors() for view in views.values())
+
+    def resident(name: str) -> int:
+        return 1024 * int(next(x for x in Path("/proc/self/status").read_text().splitlines() if name in x).split()[1])
+
+    def growth(action: Any, *arguments: Any) -> int:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+        action(*arguments)
+        return resident("VmHWM") - before
+
+    refresh = growth(engine._refresh_module)
+    loading = growth(checkpoint.restore, folder / "step_00000001", engine)
+    engine._refresh_module = engine.check_weights = lambda: None  # type: ignore[method-assign]
+    return share, growth(checkpoint.restore, folder / "step_00000001", engine), loading, refresh
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_loading_takes_little_more_than_a_rank_owns(prepared: Prepared, tmp_path: Path, stage: int) -> None:
+    config = make_config(prepared, stage=stage, optim={"name": "tiger"})
+    config = replace(
+        config,
+        model=replace(config.model, vocab_size=20_000, d_model=1024, d_ff=4096, n_layers=2, n_heads=16, d_head=64),
+    )
+    for share, reading, loading, refresh in run_on_ranks(2, load_and_watch, config, tmp_path):
+        assert share > 2e8 and reading < 0.2 * share, (share, reading)
+        # beyond that, what DeepSpeed takes on a CPU to gather weights after each step too
+        assert loading < refresh + 0.2 * share, (share, loading, refresh)
 
 
 def test_a_checkpoint_of_another_model_is_refused(prepared: Prepared, tmp_path: Path) -> None:
@@ -214,3 +394,16 @@ def test_a_checkpoint_of_another_model_is_refused(prepared: Prepared, tmp_path: 
     wider = replace(config, model=replace(config.model, d_ff=64))
     (message,) = run_on_ranks(1, load_expecting, wider, tmp_path / "step_00000003")
     assert "w_gate" in message and "it was written by another model or optimizer" in message
+    # pieces that overlap could hide elements that are missing
+    tensors = tmp_path / "step_00000003" / "rank_00000.safetensors"
+    values = load_file(tensors)
+    values["master/embedding.weight/7"] = values["master/embedding.weight/0"][:5].clone()
+    save_file(values, tensors)
+    (message,) = run_on_ranks(1, load_expecting, config, tmp_path / "step_00000003")
+    assert "elements 7:18612 of embedding.weight (master) are there twice" in message
+    for name, words in (("torch", "holds no random state of ours: KeyError"), ("python", "no random state of ours")):
+        del values["master/embedding.weight/7"]
+        values |= {"rng/python": torch.zeros(3, dtype=torch.float64), "master/embedding.weight/7": torch.zeros(0)}
+        save_file({k: v for k, v in values.items() if k != f"rng/{name}" and v.numel()}, tensors)
+        (message,) = run_on_ranks(1, load_expecting, config, tmp_path / "step_00000003")
+        assert words in message

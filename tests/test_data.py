@@ -636,6 +636,22 @@ def test_downloads_are_tried_again_a_bounded_number_of_times(tmp_path, bucket, w
         )
 
 
+def test_a_download_that_stalls_has_a_deadline(tmp_path, bucket):
+    write_source(bucket.folder / "a", 10)
+    bucket.stall = {"a/train/shard.00000.mds"}
+    batches = open_batches(s3_config(bucket, "a", download_retries=1, download_timeout_s=1), tmp_path / "cache")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"(no progress for \d+ s at|cannot read) .*train/shard.00000.mds"):
+        batches.next_step()
+    assert time.monotonic() - began < 10  # two attempts of a second each, and as much again
+    # and whoever waits for it can be called away
+    batches = open_batches(s3_config(bucket, "a"), tmp_path / "another")
+    batches.is_interrupted = lambda: True
+    with pytest.raises(data.Interrupted):
+        batches.next_step()
+    assert batches.position == data.Position()
+
+
 def test_a_damaged_shard_is_never_trusted(tmp_path, bucket, waits):
     write_source(bucket.folder / "a", 10)
     config = s3_config(bucket, "a")

@@ -435,7 +435,7 @@ def test_runs_that_cannot_be_exported(trained: Path, tmp_path: Path) -> None:
     refused("rank_00001.safetensors is damaged: .*; or export an earlier checkpoint with --step")
     assert Bundle(export_run(run, tmp_path / "first", step=1)).lineage["step"] == 1
     edit_manifest(run / "checkpoints" / "step_00000002", lambda m: m.update(format=9))
-    refused("format 9 is not 3")
+    refused("format 9 is not 4")
     (run / "checkpoints" / "step_00000002").rename(run / "checkpoints" / "step_00000003.tmp")
     assert Bundle(export_run(run, tmp_path / "second")).lineage["step"] == 1
     (run / "tokenizer.model").unlink()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"config"},
     {"dist", "tokenizer", "rope", "optim", "guard", "metrics"},
-    {"attention", "loss", "data", "prepare"},
+    {"attention", "loss", "data", "prepare", "preemption"},
     {"model"},
     {"engine", "describe"},
     {"checkpoint"},
@@ -95,7 +95,7 @@ def test_readme_shows_the_real_tree() -> None:
 def test_every_test_file_mirrors_a_module_or_a_tool() -> None:
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
-    assert tested <= set(MODULES) | tools | {"layout", "golden"}
+    assert tested <= set(MODULES) | tools | {"layout", "golden", "recovery"}
     assert set(MODULES) <= tested
 
 

@@ -1,13 +1,18 @@
 """The loop: stopped and resumed is never stopped, at every stage; what a run folder holds; refusals."""
 
+import dataclasses
+import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -95,7 +100,8 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
         for run in (straight, stopped):
             state = json.loads((run / "checkpoints" / "step_00000008" / "trainer.json").read_text())
             assert state["config"]["train"].pop("run") == str(run)
-            del state["source"]  # the commit, which may move under a test
+            assert [(start["step"], start["changes"]) for start in state["lineage"]] == [(0, [])]
+            del state["source"], state["lineage"]  # the commit, which may move under a test
             (a if run == straight else b)["trainer.json"] = state
         assert a == b, name
     # and the stages agree with one another: sums in another order, stated in tests/test_engine.py
@@ -345,35 +351,314 @@ def test_two_runs_do_not_share_a_folder(prepared: Prepared, tmp_path: Path) -> N
     assert "is in use by pid 7 on another: end that run first, or choose another folder" in message
 
 
-def refusals(first: Config, others: list[Config]) -> list[str]:
-    train_expecting(first)
-    return [train_expecting(config) for config in others]
+@pytest.mark.slow
+def test_what_a_resume_refuses_and_what_it_takes_when_told(prepared: Prepared, tmp_path: Path) -> None:
+    run, file, tokenizer = tmp_path / "run", tmp_path / "file", tmp_path / "tokenizer.model"
+    file.write_text("")
+    first = tiny_config(prepared, run, "train.steps=2")
+    shutil.copyfile(prepared.tokenizer, tokenizer)
+    batch = ["train.global_batch_size=12", "train.micro_batch_size=3"]
+    cases = [
+        (run, ["model.d_ff=64"],
+         "holds a checkpoint of another model or optimizer: model.d_ff 48 -> 64: undo the change, or choose another"),
+        (run, ["optim.name=adamw"],
+         "model.residual_alpha 1.0 -> 2.0; optim.embedding lazy -> None; optim.name tiger -> adamw: undo"),
+        (run, ["data.shuffle_seed=1"],
+         "at step 2 was made with other settings: data: other rows, weights, data.shuffle or data.shuffle_seed, so its "
+         "position means nothing: undo the change, or take it from here on with 'train.accept_changes=[data]'"),
+        (run, ["train.steps=5", "optim.lr=1e-3", *batch, "train.accept_changes=[optim.lr]"],
+         "other settings: optim.lr 0.02 -> 0.001; train.global_batch_size 16 -> 12; train.steps 2 -> 5: undo the "
+         "change, or take it from here on with "
+         "'train.accept_changes=[optim.lr,train.global_batch_size,train.steps]'"),
+        (run, ["model.attention.backend=flash"], "flash needs a CUDA device"),
+        (file, [], "cannot make the run folder"),
+        (tmp_path / "new", [f"train.init_from={tmp_path}"], "is no bundle: make one with tools/export_model.py"),
+        # where and how it is computed, shown and kept may change without a word
+        (run, ["train.micro_batch_size=2", "engine.zero_stage=3", "metrics.every_steps=2", "checkpoint.keep_last=1",
+               "evaluate.every_steps=null", f"data.tokenizer={tokenizer}"], ""),
+        (run, ["train.steps=5", "optim.lr=1e-3", *batch, "data.shuffle_seed=1",
+               "train.accept_changes=[optim.lr,train.global_batch_size,train.steps,data]"], ""),
+    ]  # fmt: skip
+    configs = [tiny_config(prepared, folder, "train.steps=2", *options) for folder, options, _ in cases]
+    (ends,) = run_on_ranks(1, outcomes, [first, *configs])
+    for end, (_, _, words) in zip(ends[1:], cases, strict=True):
+        assert words in end and bool(words) == bool(end), end
+    # the data begins anew, the rest goes on, and the checkpoint knows when that was
+    steps = [r for r in records(run) if r["kind"] == "train"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    assert steps[2]["epoch"] == 12 / n_rows(prepared) and steps[1]["epoch"] == 32 / n_rows(prepared)
+    lineage = json.loads((run / "checkpoints" / "step_00000005" / "trainer.json").read_text())["lineage"]
+    assert lineage[0]["step"] == 0 and lineage[0]["origin"] == "new weights from train.seed=0"
+    assert lineage[-1]["step"] == 2 and "data, read from the beginning" in lineage[-1]["changes"]
+    assert "optim.lr 0.02 -> 0.001" in lineage[-1]["changes"]
+
+
+def change_trainer(run: Path, step: int, change: dict[str, Any]) -> None:
+    """Write other values into a checkpoint, with a manifest that vouches for them."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    text = json.dumps(json.loads((folder / "trainer.json").read_text()) | change)
+    (folder / "trainer.json").write_text(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["trainer.json"] = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_trainer_json_of_another_form_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    config = tiny_config(prepared, tmp_path / "run", "train.steps=2", "evaluate.every_steps=null")
+    run_on_ranks(1, train_all, [config])
+    guard = json.loads((tmp_path / "run/checkpoints/step_00000002/trainer.json").read_text())["guard"]
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"position": {"epoch": "0", "sample": 3}}, "is not of the form that this version writes"),
+        ({"position": {"epoch": 0, "sample": 10**9}}, "is outside an epoch of"),
+        ({"tokens": math.nan}, "is not of the form"),
+        ({"guard": guard | {"losses": [1.0, "x"]}}, "is not of the form"),
+        ({"guard": guard | {"scales_loss": 3}}, "is not of the form"),
+        ({"config": 3}, "is not of the form"),
+        ({"tokenizer": "00"}, "was trained with another tokenizer than data.tokenizer"),
+    ]
+    configs = []
+    for i, (change, _) in enumerate(changes):
+        shutil.copytree(tmp_path / "run", tmp_path / f"{i}")
+        change_trainer(tmp_path / f"{i}", 2, change)
+        configs.append(dataclasses.replace(config, train=dataclasses.replace(config.train, run=str(tmp_path / f"{i}"))))
+    (ends,) = run_on_ranks(1, outcomes, configs)
+    for end, (_, words) in zip(ends, changes, strict=True):
+        assert words in end, end
+
+
+Samples = dict[int, list[tuple[int, int]]]
+
+
+def train_watched(config: Config) -> Samples:
+    """Train; return the samples of each step on this rank; assert that each load gives the state that is on disk."""
+    import torch
+    from safetensors import safe_open
+
+    from megakexue import checkpoint
+    from megakexue.engine import Engine
+    from megakexue.train import train
+
+    step_of, restore, samples = Engine.train_step, checkpoint.restore, {}
+
+    def watched(self: Any, batches: Any, lr: float, step: int, **options: Any) -> Any:
+        samples[step] = [(s.epoch, s.sample) for batch in batches for s in batch.samples]
+        return step_of(self, batches, lr, step, **options)
+
+    def compared(folder: Path, engine: Any) -> None:
+        restore(folder, engine)
+        whole: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+        for path in folder.glob("rank_*"):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    if key.count("/") == 2:
+                        kind, name, first = key.split("/")
+                        whole.setdefault((kind, name), []).append((int(first), file.get_tensor(key)))
+        n = 0
+        for segment, views in engine.state_tensors():
+            for kind, view in views.items():
+                on_disk = torch.cat([tensor for _, tensor in sorted(whole[kind, segment.name], key=lambda x: x[0])])
+                assert torch.equal(view, on_disk[segment.start : segment.stop]), segment
+                n += 1
+        assert n
+
+    Engine.train_step, checkpoint.restore = watched, compared  # type: ignore[method-assign]
+    train(config)
+    return samples
 
 
 @pytest.mark.slow
-def test_resuming_something_else_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    run, file = tmp_path / "run", tmp_path / "file"
-    file.write_text("")
-    first = tiny_config(prepared, run, "train.steps=2")
-    others = [
-        tiny_config(prepared, run, "train.steps=2", "model.d_ff=64"),
-        tiny_config(prepared, run, "train.steps=2", "data.shuffle_seed=1"),
-        tiny_config(prepared, run, "train.steps=2", "train.global_batch_size=12", "train.micro_batch_size=3"),
-        tiny_config(prepared, run, "train.steps=2", "model.attention.backend=flash"),
-        tiny_config(prepared, file, "train.steps=2"),
-        tiny_config(prepared, tmp_path / "new", "train.init_from=" + str(tmp_path)),
+def test_other_ranks_and_other_stages_go_on_with_the_same_run(prepared: Prepared, tmp_path: Path) -> None:
+    options = ["train.global_batch_size=12", "train.micro_batch_size=2", "train.steps=12", "evaluate.every_steps=null",
+               "metrics.statistics_every_steps=null"]  # fmt: skip
+
+    def order(of_ranks: list[Samples]) -> list[list[tuple[int, int]]]:
+        """The samples of each step, over ranks and micro-batches."""
+        return [sorted(s for samples in of_ranks for s in samples[step]) for step in sorted(of_ranks[0])]
+
+    fixed = order(run_on_ranks(2, train_watched, tiny_config(prepared, tmp_path / "fixed", *options)))
+    moved: list[list[tuple[int, int]]] = []
+    for ranks, stage, stop in ((2, 1, 3), (1, 3, 6), (3, 0, 9), (2, 2, 12)):
+        config = tiny_config(
+            prepared, tmp_path / "moved", *options, f"engine.zero_stage={stage}", f"train.stop_at_step={stop}"
+        )
+        moved += order(run_on_ranks(ranks, train_watched, config))
+    assert moved == fixed
+    for got, want in zip(column(tmp_path / "moved"), column(tmp_path / "fixed"), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=2e-5)
+        assert {k: v for k, v in got.items() if k not in ("loss", "grad_norm")} == {
+            k: v for k, v in want.items() if k not in ("loss", "grad_norm")
+        }
+    lineage = json.loads((tmp_path / "moved/checkpoints/step_00000012/trainer.json").read_text())["lineage"]
+    assert [(start["step"], start["changes"]) for start in lineage] == [
+        (0, []),
+        (3, ["engine.zero_stage 1 -> 3", "ranks 2 -> 1"]),
+        (6, ["engine.zero_stage 3 -> 0", "ranks 1 -> 3 (from rank 1 on with random states of their own)"]),
+        (9, ["engine.zero_stage 0 -> 2", "ranks 3 -> 2"]),
     ]
-    messages = run_on_ranks(1, refusals, first, others)[0]
-    expected = [
-        "holds a checkpoint of another model or optimizer: model.d_ff 48 -> 64: undo the change, or choose another",
-        "so its position in the data means nothing: undo the change, or start a new train.run",
-        "went on",
-        "flash needs a CUDA device",
-        "cannot make the run folder",
-        "is no bundle: make one with tools/export_model.py",
-    ]
-    for message, words in zip(messages, expected, strict=True):
-        assert words in message
+
+
+def interrupted(config: Config, place: str, rank: int) -> Any:
+    """Train with a signal to `rank` at `place`; return the exit code, or what else ended the run."""
+    import torch
+
+    from megakexue.data import Batches
+    from megakexue.engine import Engine
+    from megakexue.model import Decoder
+    from megakexue.train import train
+
+    own, is_asked = int(os.environ["RANK"]), False
+    kept = Decoder.forward, Engine.evaluation_loss, Batches._read_row
+    n = {"forward": 0, "evaluation": 0, "row": 0}
+
+    def ask(what: str, at: int, number: int = signal.SIGUSR1) -> None:
+        nonlocal is_asked
+        n[what] += 1
+        if n[what] == at and own == rank:
+            os.kill(os.getpid(), number)
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        # 4 micro-batches a step: in the second one of the second step
+        if place in ("accumulation", "twice") and torch.is_grad_enabled():
+            ask("forward", 6, signal.SIGTERM)
+            if place == "twice" and n["forward"] == 6:
+                time.sleep(1.0)  # as a launcher does that passes on what its group has got
+                ask("forward", 7, signal.SIGINT)
+        return kept[0](self, *arguments, **options)
+
+    def evaluation_loss(self: Any, batch: Any) -> Any:
+        if place == "evaluation":
+            ask("evaluation", 2, signal.SIGINT)
+        return kept[1](self, batch)
+
+    def read_row(self: Any, shard: int, row: int) -> Any:
+        """On rank 0 the storage stalls; the other rank gets the signal, while it waits for rank 0."""
+        n["row"] += 1
+        if place == "data" and n["row"] >= 45 and own == 0:
+            time.sleep(600)
+        if place == "data" and n["row"] == 45 and own == rank:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        return kept[2](self, shard, row)
+
+    Decoder.forward, Engine.evaluation_loss, Batches._read_row = forward, evaluation_loss, read_row  # type: ignore
+    try:
+        train(config)
+    except SystemExit as end:
+        return end.code
+    except UserError as error:
+        return str(error)
+    finally:
+        Decoder.forward, Engine.evaluation_loss, Batches._read_row = kept  # type: ignore[method-assign]
+    return 0
+
+
+def interruptions(config: Config, places: list[tuple[str, int]]) -> list[Any]:
+    return [interrupted(config, *place) for place in places]
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_rank_is_seen_wherever_it_comes_and_costs_nothing(
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["train.micro_batch_size=2", "train.steps=9", "evaluate.every_steps=2", "evaluate.n_rows=17",
+               "checkpoint.every_steps=100", "engine.zero_stage=3", "data.n_prefetch=1"]  # fmt: skip
+    straight, stopped = (tiny_config(prepared, tmp_path / name, *options) for name in ("straight", "stopped"))
+    places = [("accumulation", 1), ("evaluation", 0), ("data", 1), ("twice", 0), ("", 0)]
+    run_on_ranks(2, train_all, [straight])
+    assert run_on_ranks(2, interruptions, stopped, places) == [[75, 75, 75, 75, 0]] * 2
+    out = capfd.readouterr().out
+    ends = re.findall(r"stopped: (.*); (saved after step \d|before the first step); the same command goes on", out)
+    assert [words for words, _ in ends] == ["SIGTERM on rank 1", "SIGINT on rank 0", "SIGUSR1 on rank 1",
+                                            "SIGTERM on rank 0"]  # fmt: skip
+    assert ends[:2] == [("SIGTERM on rank 1", "saved after step 1"), ("SIGINT on rank 0", "saved after step 2")]
+    # validations that were given up are made up for, and nothing else shows
+    assert column(tmp_path / "stopped") == column(tmp_path / "straight")
+    files = [state_hashes(tmp_path / run, 9) for run in ("straight", "stopped")]
+    ranks = [{name: sha for name, sha in of_run.items() if name != "trainer.json"} for of_run in files]
+    assert len(ranks[0]) == 2 and ranks[0] == ranks[1]
+
+
+def failing(config: Config, at_row: int) -> Any:
+    """Train with a shard that cannot be read on the last rank from some row on."""
+    from megakexue.data import Batches
+    from megakexue.train import train
+
+    read, n = Batches._read_row, 0
+
+    def read_row(self: Any, shard: int, row: int) -> Any:
+        nonlocal n
+        n += 1
+        if n >= at_row and os.environ["RANK"] == "1":
+            raise UserError(f"{self._name(shard)}: cannot read this shard")
+        return read(self, shard, row)
+
+    Batches._read_row = read_row  # type: ignore[method-assign]
+    try:
+        train(config)
+    except (UserError, SystemExit) as end:
+        return str(end)
+    finally:
+        Batches._read_row = read  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_read_ends_all_ranks_and_is_saved(prepared: Prepared, tmp_path: Path) -> None:
+    config = tiny_config(prepared, tmp_path, "checkpoint.every_steps=100", "evaluate.every_steps=null")
+    ends = run_on_ranks(2, failing, config, 30)
+    assert ends[0] == "2" and "train/shard.00000.mds: cannot read this shard" in ends[1]
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert re.search(r"stopped: rank 1 failed: .*shard.00000.mds: cannot read this shard; saved after step 3", log)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step*")] == ["step_00000003"]
+
+
+def train_with_a_full_disk(config: Config, steps: tuple[int, int]) -> str:
+    """Train while the second rank can write nothing in saves of steps from ... to."""
+    from megakexue import checkpoint
+    from megakexue import train as module
+    from megakexue.guard import TrainingStopped
+
+    save_file = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        step = checkpoint.step_of(path.parent.with_suffix(""))
+        if steps[0] <= step < steps[1] and os.environ["RANK"] == "1":
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    checkpoint.save_file, module.RETRY_S = full, (0.1, 0.1)  # type: ignore[assignment]
+    try:
+        module.train(config)
+    except TrainingStopped as end:
+        return str(end)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_full_disk_does_not_stop_the_run(
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "train.steps=9",
+        "evaluate.every_steps=null",
+        "checkpoint.every_steps=4",
+        "checkpoint.keep_last=9",
+        "checkpoint.asynchronous=false",
+    ]  # so that it is the next step that knows
+    first = tiny_config(prepared, tmp_path / "first", *options)
+    assert run_on_ranks(2, train_with_a_full_disk, first, (4, 7)) == ["", ""]
+    out = capfd.readouterr().out
+    again = re.findall(r"WARNING: cannot save .*step_0000000(\d): {'rank 1': .*No space left on device.*}; training "
+                       r"goes on, and tries again at step (\d): make room", out)  # fmt: skip
+    assert again == [("4", "5"), ("5", "7")]
+    saved = sorted(path.name for path in (tmp_path / "first" / "checkpoints").glob("step_*"))
+    assert saved == ["step_00000007", "step_00000008", "step_00000009"]
+    assert [r["step"] for r in records(tmp_path / "first")] == list(range(1, 10))
+    # and where the last one cannot be written either, the program says what to do
+    second = tiny_config(prepared, tmp_path / "second", *options)
+    for end in run_on_ranks(2, train_with_a_full_disk, second, (8, 99)):
+        assert "step 9 cannot be written" in end and "run the same command again: it goes on from step 4" in end
+    saved = sorted(path.name for path in (tmp_path / "second" / "checkpoints").iterdir())
+    assert saved == ["latest", "step_00000004"]
 
 
 def test_yaml_of_a_run_is_its_config(prepared: Prepared, tmp_path: Path) -> None:
