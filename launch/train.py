@@ -19,7 +19,8 @@ def main() -> None:
 
 Every key is in megakexue/config.py with its meaning and default. The same command again goes on from the newest
 checkpoint of train.run. SIGTERM, SIGINT or SIGUSR1 to any rank saves and ends the run.
-Exit codes: 0 done, 1 failed, 2 a mistake in the command, the config or the data, 75 saved after a signal.""",
+Exit codes: 0 done, 1 failed, 2 a mistake in the command, the config or the data, 75 saved after a signal; after a
+second signal 128 + its number. docs/recovery.md has what happens when.""",
     )
     parser.add_argument("config", help="a YAML file, such as configs/tiny_gqa.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
@@ -44,9 +45,9 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the command, the config or the data
         train(config)
     except TrainingStopped as stopped:
         sys.exit(f"stopped: {stopped}")
-    except Preempted:
-        torch.distributed.destroy_process_group()
-        raise
+    except Preempted as preempted:
+        sys.stdout.flush()
+        os._exit(preempted.code)  # everything is closed; taking NCCL down may hang, and the cluster will not wait
     torch.distributed.destroy_process_group()
 
 

@@ -65,8 +65,9 @@ def step_of(folder: Path) -> int:
 class Saver:
     """Writes the checkpoints of a run, one at a time.
 
-    Host memory: a copy of what this rank owns, kept for the next save. Times are logged: `waited_s` is how long
-    training stood still for the last save.
+    Host memory: a copy of what this rank owns, kept for the next save. `waited_s` is how long training stood still for
+    the last save; it is logged. Leaving the context lets a save that was begun come to its end, whatever has happened
+    to training: the other ranks write too.
     """
 
     def __init__(self, engine: Engine, config: CheckpointConfig) -> None:
@@ -74,7 +75,7 @@ class Saver:
         self._group = dist.host_group("saver", engine.config.engine.timeout_s)
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._failure: str | None = None
+        self._error: Exception | None = None
         self.waited_s = 0.0
         self._stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
 
@@ -85,25 +86,39 @@ class Saver:
         """Begin to write the checkpoint of `step` into `folder`; on all ranks together, after `finish`.
 
         Args:
-            trainer: JSON values, the same on every rank.
-            own: more tensors of this rank, by names without a slash.
+            trainer: JSON values; those of the first rank are written.
+            own: more tensors of this rank, by names without a slash, for a step that went wrong: without them, state
+                that is not finite is not saved, since keeping the last ones would remove the good ones.
             keep_last: remove all but so many, other than `config.keep_last`.
         """
         assert self._thread is None, "finish() the last one first"
         began = time.perf_counter()
-        self._failure, self.waited_s = None, 0.0
+        self._error, self.waited_s = None, 0.0
         live = _own_tensors(self._engine)
         small = {f"rng/{name}": state for name, state in _random_state().items()} | (own or {})
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())  # for the update that has just been launched
         copied = threading.Event()
 
-        def work() -> None:
+        def copy() -> None:
             try:
                 self._copy(live)
             finally:
                 copied.set()
-            self._write(folder, trainer, small, step, keep_last or self._config.keep_last, began)
+            if own is None:
+                _check_finite(self._copies)
+
+        def work() -> None:
+            final = folder / f"step_{step:08d}"
+            try:
+                _write(copy, lambda: self._copies | small, trainer, final, self._engine.ranks, self._group)
+                if self._engine.ranks.is_first:
+                    self._remove_old(folder, step, keep_last or self._config.keep_last)
+            except Exception as error:  # training must hear of it, whatever it is
+                self._error = error
+                return
+            n_bytes = sum(x.nbytes for x in self._copies.values())
+            log.info("saved %s: %.3g GB of this rank in %.2f s", final, n_bytes / 1e9, time.perf_counter() - began)
 
         def wait() -> None:
             began = time.perf_counter()
@@ -130,20 +145,27 @@ class Saver:
         """Wait for the save that was begun, and return whether there was one; on all ranks together.
 
         Raises:
-            OSError: it has failed on some rank. The checkpoints before it are as they were.
+            OSError: it has failed, on all ranks alike. The checkpoints before it are as they were.
+            Exception: of any other kind: the ranks could not agree, perhaps because one has gone.
         """
         if self._thread is None:
             return False
+        began = time.perf_counter()
         self._thread.join()
         self._thread = None
+        self.waited_s += time.perf_counter() - began
         log.info("training stood still for %.3f s of that save", self.waited_s)
-        if self._failure:
-            raise OSError(self._failure)
+        if self._error:
+            raise self._error
         return True
 
-    def close(self) -> None:
-        """Let a save that was begun come to its end, whatever has happened to training: the other ranks write too."""
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._thread is not None:
+            if error:
+                log.error("%r; a save that was begun goes on", error)
             self._thread.join()
 
     def _copy(self, live: dict[str, Tensor]) -> None:
@@ -158,27 +180,20 @@ class Saver:
         if self._stream:
             self._stream.synchronize()
 
-    def _write(
-        self, folder: Path, trainer: dict[str, Any], small: dict[str, Tensor], step: int, keep_last: int, began: float
-    ) -> None:
-        final = folder / f"step_{step:08d}"
-        try:
-            _write(self._copies | small, trainer, final, self._engine.ranks, self._group)
-            if self._engine.ranks.is_first:
-                self._remove_old(folder, step, keep_last)
-        except Exception as error:  # of any kind: training must hear of it
-            self._failure = str(error) if isinstance(error, OSError) else f"cannot save {final}: {error!r}"
-            return
-        n_bytes = sum(x.nbytes for x in self._copies.values())
-        log.info("saved %s: %.3g GB of this rank in %.2f s", final, n_bytes / 1e9, time.perf_counter() - began)
-
     def _remove_old(self, folder: Path, step: int, keep_last: int) -> None:
-        """Remove checkpoints before `step` but the newest and every n-th; a user's own folders have other names."""
-        old = [path for path in step_folders(folder) if step_of(path) < step]
-        every = self._config.keep_every
-        for path in old[keep_last - 1 :]:
-            if every is None or step_of(path) % every:
-                shutil.rmtree(path, ignore_errors=True)
+        """Remove checkpoints before `step` but the newest regular ones and every n-th.
+
+        Those between the steps at which one is due, as a signal leaves them, are removed as soon as there is a newer
+        one, so that interruptions do not decide what is kept. A user's own folders have other names.
+        """
+        every, for_ever = self._config.every_steps, self._config.keep_every
+        n_regular = int(step % every == 0)
+        for path in step_folders(folder):
+            old = step_of(path)
+            if old < step and not (for_ever and old % for_ever == 0):
+                n_regular += old % every == 0
+                if old % every or n_regular > keep_last:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _own_tensors(engine: Engine) -> dict[str, Tensor]:
@@ -192,8 +207,20 @@ def _own_tensors(engine: Engine) -> dict[str, Tensor]:
     }
 
 
-def _write(tensors: dict[str, Tensor], trainer: dict[str, Any], final: Path, ranks: dist.Ranks, group: Any) -> None:
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise OSError(f"{key} is not finite, and such a checkpoint would be of no use")
+
+
+def _write(
+    copy: Callable[[], None], tensors: Callable[[], dict[str, Tensor]], trainer: dict[str, Any], final: Path,
+    ranks: dist.Ranks, group: Any,
+) -> None:  # fmt: skip
     """Write one checkpoint, all ranks together: under a temporary name, and renamed when it is on the disk.
+
+    Args:
+        copy: called first, then `tensors`.
 
     Raises:
         OSError: on all ranks, naming those that could not write. Nothing is left behind.
@@ -208,8 +235,8 @@ def _write(tensors: dict[str, Tensor], trainer: dict[str, Any], final: Path, ran
         failure: dict[str, str] = {}
         try:
             value = action() or {}
-        except (OSError, SafetensorError) as error:
-            failure = {f"rank {ranks.rank}": f"{error}"}
+        except Exception as error:  # whatever it is, the others must not be left waiting
+            failure = {f"rank {ranks.rank}": str(error) or repr(error)}
         failures = dist.gather(failure, group)
         if failures:
             if ranks.is_first:
@@ -219,12 +246,12 @@ def _write(tensors: dict[str, Tensor], trainer: dict[str, Any], final: Path, ran
 
     def begin() -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob("*.tmp"):
+        for leftover in parent.glob("step_*.tmp"):
             shutil.rmtree(leftover)
         folder.mkdir()
 
     def write_own() -> dict[str, Any]:
-        save_file(tensors, folder / name)
+        save_file(tensors(), folder / name)
         return {name: _seal(folder / name)}
 
     def end() -> None:
@@ -233,45 +260,58 @@ def _write(tensors: dict[str, Tensor], trainer: dict[str, Any], final: Path, ran
         _write_json(folder / "manifest.json", {"format": FORMAT, "step": step_of(final), "files": entries})
         _seal(folder / "manifest.json")
         _sync_folder(folder)
-        if final.exists():  # a run that fell back beyond a damaged checkpoint has come here again
+        if final.exists():  # a dump of the same step, or a save that failed after this point
             shutil.rmtree(final)
         os.rename(folder, final)
-        with suppress(OSError):  # for people's eyes: the checkpoint is whole without it
+        with suppress(OSError):  # the checkpoint is whole without it
             (parent / "latest.tmp_file").write_text(final.name + "\n", encoding="utf-8")
             os.replace(parent / "latest.tmp_file", parent / "latest")
         _sync_folder(parent)
 
     is_first = ranks.is_first
+    together(copy)
     together(lambda: begin() if is_first else None)
     entries.update(together(write_own))
     together(lambda: end() if is_first else None)
 
 
-def find(checkpoints: Path, ranks: dist.Ranks) -> tuple[Path | None, list[str]]:
+def find(checkpoints: Path, ranks: dist.Ranks, every: int = 1) -> tuple[Path | None, list[str]]:
     """Return the newest sound checkpoint (None: there is none) and a line on each damaged one that was passed over.
 
     Every rank checks the hashes of its share of the files, and all agree on the result. Damaged ones are renamed to
     step_X.damaged, so that they neither count nor come back when the run reaches their step again.
 
+    Args:
+        every: only those of every so many steps.
+
     Raises:
-        UserError: there are checkpoints and all of them are damaged.
+        UserError: there are checkpoints and all of them are damaged; or the newest one cannot be read, which is no
+            reason to train its steps again.
     """
     # one rank lists the folder: on a network file system others may see another list for a while
     listed = dist.gather({"folders": step_folders(checkpoints)} if ranks.is_first else {})
-    folders: list[Path] = listed["folders"]
+    folders: list[Path] = [folder for folder in listed["folders"] if step_of(folder) % every == 0]
     warnings: list[str] = []
     for folder in folders:
-        fault = _fault(folder, ranks)
-        faults = [f for f in dist.gather({str(ranks.rank): fault}).values() if f]
-        if not faults:
+        fault, is_damaged = _fault(folder, ranks)
+        found = dist.gather({str(ranks.rank): (fault, is_damaged)} if fault else {})
+        for rank, (text, is_damaged_there) in found.items():
+            if not is_damaged_there:
+                raise UserError(f"checkpoint {folder} cannot be used by rank {rank}: {text}: it is left as it is")
+        if not found:
+            failed = {}
             if ranks.is_first:
-                for damaged in folders[: len(warnings)]:
-                    aside = damaged.with_suffix(".damaged")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.rename(damaged, aside)
-            dist.barrier()
+                try:
+                    for damaged in folders[: len(warnings)]:
+                        aside = damaged.with_suffix(".damaged")
+                        shutil.rmtree(aside, ignore_errors=True)
+                        os.rename(damaged, aside)
+                except OSError as error:
+                    failed["aside"] = str(error)
+            for text in dist.gather(failed).values():
+                raise UserError(f"cannot put a damaged checkpoint aside: {text}: remove it, with the files it names")
             return folder, warnings
-        warnings.append(f"checkpoint {folder} is damaged and is not used: {faults[0]}")
+        warnings.append(f"checkpoint {folder} is damaged and is not used: {next(iter(found.values()))[0]}")
     if folders:
         raise UserError(
             f"no sound checkpoint in {checkpoints}: {'; '.join(warnings)}. Restore a folder, or move {checkpoints} "
@@ -280,33 +320,46 @@ def find(checkpoints: Path, ranks: dist.Ranks) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def _fault(folder: Path, ranks: dist.Ranks) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files, or None."""
+def _fault(folder: Path, ranks: dist.Ranks) -> tuple[str | None, bool]:
+    """What is wrong with this rank's share of a checkpoint's files, or None; and whether that is damage.
+
+    It is not where the storage does not answer, or a newer version of this code wrote the checkpoint.
+    """
     try:
         manifest = read_json(folder / "manifest.json", "the manifest of a checkpoint")
         if manifest["format"] != FORMAT:
-            return f"format {manifest['format']} is not {FORMAT}"
-        files = manifest["files"]
-        foreign = [name for name in files.keys() if not _FILE.fullmatch(name)]
-        if foreign:
-            return f"the manifest names {foreign[0]!r}, which no checkpoint has: it is not read"
-        n_writers = sum(name != "trainer.json" for name in files)
-        lost = {"trainer.json", *map(_file_name, range(max(1, n_writers)))} - files.keys()
-        if lost:
-            return f"the manifest lacks {sorted(lost)}"
-        for i, (name, entry) in enumerate(sorted(files.items())):
-            path = folder / name
-            if path.is_symlink() or not path.is_file():
-                return f"{name} is {'a link' if path.is_symlink() else 'missing'}"
-            if path.stat().st_size != entry["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-            if i % ranks.world_size == ranks.rank:
-                if sha256(path) != entry["sha256"]:
-                    return f"{name} does not have the sha256 of the manifest"
-                if fault := _fault_of_json(path) if name == "trainer.json" else _fault_of_tensors(path):
-                    return f"{name}: {fault}"
-    except (UserError, KeyError, TypeError, AttributeError, OSError, ValueError, RecursionError) as error:
-        return f"{type(error).__name__}: {error}"
+            is_newer = manifest["format"] in range(FORMAT + 1, 99)
+            return f"format {manifest['format']} is not {FORMAT}", not is_newer
+        if not isinstance(manifest["files"], dict):
+            return "the manifest names no files", True
+        return _fault_of_files(folder, manifest["files"], ranks), True
+    except (UserError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        is_damaged = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
+        return f"{type(error).__name__}: {error}", is_damaged
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}", True
+
+
+def _fault_of_files(folder: Path, files: dict[str, Any], ranks: dist.Ranks) -> str | None:
+    foreign = [name for name in files.keys() if not _FILE.fullmatch(name)]
+    if foreign:
+        return f"the manifest names {foreign[0]!r}, which no checkpoint has: it is not read"
+    n_writers = sum(name != "trainer.json" for name in files)
+    lost = {"trainer.json", *map(_file_name, range(max(1, n_writers)))} - files.keys()
+    if lost:
+        return f"the manifest lacks {sorted(lost)}"
+    for i, (name, entry) in enumerate(sorted(files.items())):
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is {'a link' if path.is_symlink() else 'missing'}"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+        if i % ranks.world_size == ranks.rank:
+            if sha256(path) != entry["sha256"]:
+                return f"{name} does not have the sha256 of the manifest"
+            if fault := _fault_of_json(path) if name == "trainer.json" else _fault_of_tensors(path):
+                return f"{name}: {fault}"
     return None
 
 
@@ -320,16 +373,18 @@ def _fault_of_tensors(path: Path) -> str | None:
     """What is wrong with a file of tensors that has the hash of its manifest, or None: anyone can make a manifest."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys = {key: file.get_slice(key).get_shape() for key in file.keys()}
-        for key, size in keys.items():
+            kinds = {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
+        for key, (size, dtype) in kinds.items():
             if not _KEY.fullmatch(key):
                 return f"it holds {key!r}, which no checkpoint has"
-            if key.count("/") == 2 and len(size) != 1:
-                return f"{key} has {len(size)} axes instead of 1"
-            for start in range(0, size[0], _CHUNK // 4) if key.count("/") == 2 else ():
+            if key.count("/") != 2:
+                continue
+            if len(size) != 1 or dtype not in ("F32", "BF16"):
+                return f"{key} has the shape {size} and the dtype {dtype} instead of one axis of F32 or BF16"
+            for start in range(0, size[0], _CHUNK // 4):
                 with safe_open(path, framework="pt") as file:  # anew, or all of it would stay mapped
                     part = file.get_slice(key)[start : start + _CHUNK // 4]
-                if not part.is_floating_point() or not part.isfinite().all():
+                if not part.isfinite().all():
                     return f"{key} is not finite: these weights compute nothing"
     except SafetensorError as error:
         return f"it is no safetensors file: {error}"
@@ -362,25 +417,25 @@ class Reader:
                 if start < stop:
                     raise UserError(f"{path}: elements {start}:{stop} of {name} ({kind}) are there twice")
 
-    def read(self, kind: str, segment: Segment) -> Tensor:
-        """Return the elements of a segment, float32, from the pieces that overlap it.
+    def check(self, kind: str, segment: Segment) -> None:
+        """Raise UserError unless the checkpoint holds all elements of a segment."""
+        pieces = self._pieces.get((kind, segment.name), ())
+        held = sum(max(0, min(stop, segment.stop) - max(start, segment.start)) for start, stop, _, _ in pieces)
+        if held != segment.numel:
+            raise UserError(
+                f"{self.folder} holds {held} of the {segment.numel} elements {segment.start}:{segment.stop} of "
+                f"{segment.name} ({kind}): it was written by another model or optimizer"
+            )
 
-        Raises:
-            UserError: the checkpoint does not hold all of them.
-        """
+    def read(self, kind: str, segment: Segment) -> Tensor:
+        """Return the elements of a segment, float32, from the pieces that overlap it. Raises what `check` does."""
+        self.check(kind, segment)
         out = torch.empty(segment.numel)
-        n_read = 0
-        for start, stop, path, key in self._pieces.get((kind, segment.name), ()):
+        for start, stop, path, key in self._pieces[kind, segment.name]:
             low, high = max(start, segment.start), min(stop, segment.stop)
             if low < high:
                 with safe_open(path, framework="pt") as file:  # closed again, or what was read would stay mapped
                     out[low - segment.start : high - segment.start] = file.get_slice(key)[low - start : high - start]
-                n_read += high - low
-        if n_read != segment.numel:
-            raise UserError(
-                f"{self.folder} holds {n_read} of the {segment.numel} elements {segment.start}:{segment.stop} of "
-                f"{segment.name} ({kind}): it was written by another model or optimizer"
-            )
         return out
 
     def restore_random_state(self, rank: int, seed: int) -> None:
@@ -422,11 +477,23 @@ def load(folder: Path, engine: Engine, check: Callable[[dict[str, Any]], None]) 
 def restore(folder: Path, engine: Engine) -> None:
     """Put weights, optimizer, random state and the guard's window back; its counts and loss scale go on."""
     trainer = read_json(folder / "trainer.json", "the trainer's state")
-    reader = Reader(folder)
+    failure, own_error = {}, None
+    try:
+        reader = Reader(folder)
+        for segment, views in engine.state_tensors():
+            for kind in views:
+                reader.check(kind, segment)
+        reader.restore_random_state(engine.ranks.rank, engine.config.train.seed + trainer["step"])
+    except (UserError, OSError, SafetensorError) as error:
+        own_error, failure = error, {f"rank {engine.ranks.rank}": str(error)}
+    failure = dist.gather(failure)  # before the collectives of a load, which the others would wait in
+    if own_error:
+        raise own_error
+    if failure:
+        raise UserError(f"{folder} cannot be loaded: {failure}")
     engine.load(reader.read, with_state=True)
     engine.optimizer.n_updates = trainer["n_updates"]
     engine.guard.load_window(trainer["guard"])
-    reader.restore_random_state(engine.ranks.rank, engine.config.train.seed + trainer["step"])
 
 
 def seed_random_state(seed: int) -> None:

@@ -197,8 +197,13 @@ class Metrics:
     applied are shown, recorded and counted always.
     """
 
-    def __init__(self, run: Path, config: MetricsConfig, *, n_steps: int, resume_step: int) -> None:
+    def __init__(
+        self, run: Path, config: MetricsConfig, *, n_steps: int, resume_step: int, validated: int | None = None
+    ) -> None:
         """Open the run's records, dropping those after `resume_step`; at 0 the run starts anew and all are dropped.
+
+        Args:
+            validated: the last step whose validation is not made again, other than `resume_step`.
 
         Raises:
             UserError: the metrics.jsonl that is there is damaged.
@@ -209,7 +214,12 @@ class Metrics:
         run.mkdir(parents=True, exist_ok=True)
         path = run / "metrics.jsonl"
         dropped_from = resume_step + 1 if resume_step else 0  # a validation may stand at step 0
-        kept = [record for record in read_metrics(path) if record.step < dropped_from] if path.exists() else []
+        last_valid = resume_step if validated is None else validated
+        kept = [
+            record
+            for record in (read_metrics(path) if path.exists() else [])
+            if record.step < dropped_from and not (isinstance(record, ValidationRecord) and record.step > last_valid)
+        ]
         self._bad_steps: Counter[Status] = Counter(
             r.status for r in kept if isinstance(r, StepRecord) and r.status != "applied"
         )

@@ -38,6 +38,8 @@ _number = itertools.count()
 class Preempted(SystemExit):
     """The run is saved; ends the process with EXIT_CODE if nobody catches it."""
 
+    code: int
+
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
@@ -98,16 +100,20 @@ class Preemption:
                 return
             if not ready:
                 leave(1, f"rank {self._rank}: not saved within checkpoint.grace_s={self._grace_s:g}: some rank hangs")
-            for number in numbers:
+            for number in set(numbers).intersection(SIGNALS):  # the descriptor tells of other handlers' signals too
                 if began is None:
                     began, timeout = time.monotonic(), self._grace_s
                     self._reason = f"{signal.Signals(number).name} on rank {self._rank}"
-                    with suppress(Exception):  # rank 0, which holds the store, may be gone
-                        dist.store().set(self._key, self._reason)
+                    # by another thread: the store may be busy, and this one keeps the time
+                    threading.Thread(target=self._tell, daemon=True).start()
                 elif time.monotonic() - began > BURST_S:
                     leave(128 + number, f"rank {self._rank}: a second {signal.Signals(number).name}: not saved")
             if began is not None:
                 timeout = max(0.0, began + self._grace_s - time.monotonic())
+
+    def _tell(self) -> None:
+        with suppress(Exception):  # rank 0, which holds the store, may be gone
+            dist.store().set(self._key, self._reason)
 
     # --- agreement ---------------------------------------------------------------------------------------------------
 
@@ -131,7 +137,9 @@ class Preemption:
         if n_asked or n_failed:
             own = (error and f"rank {self._rank} failed: {error}") if n_failed else self._reason
             said = [text for text in dist.gather({str(self._rank): own}, self._group).values() if text]
-            raise Interruption("; ".join(dict.fromkeys(said)), error, is_failure=n_failed > 0)
+            reason = "; ".join(dict.fromkeys(said))
+            self._reason = self._reason or reason  # the launcher will end this rank too
+            raise Interruption(reason, error, is_failure=n_failed > 0)
         return n_without == 0
 
 

@@ -121,15 +121,9 @@ def train(config: Config) -> None:
         valid = batches("valid") if config.evaluate.every_steps else None
         checkpoints = run / "checkpoints"
         folder, warnings = checkpoint.find(checkpoints, ranks)
-        n_recorded = max((r.step for r in read_metrics(run)), default=0) if (run / "metrics.jsonl").exists() else 0
-        require(
-            folder is not None or n_recorded < config.checkpoint.every_steps,
-            f"train.run={run} has metrics up to step {n_recorded} but no checkpoint: restore {checkpoints}, or "
-            "choose another train.run",
-        )
+        _check_not_lost(run, folder, ranks)
         engine = Engine(config, ranks)
-        saver = checkpoint.Saver(engine, config.checkpoint)
-        stack.callback(saver.close)
+        saver = stack.enter_context(checkpoint.Saver(engine, config.checkpoint))
         progress = Progress()
         hashes = {"data": data.fingerprint, "tokenizer": sha256(config.data.tokenizer)}
 
@@ -142,7 +136,8 @@ def train(config: Config) -> None:
         if folder is not None:
             state = checkpoint.load(folder, engine, lambda state: _check_resume(state, trainer(), config))
             values = {name: state[name] for name in dataclasses.asdict(progress)}
-            progress = Progress(**values | {"position": Position(**state["position"])})
+            position = Position(epoch=state["position"]["epoch"], sample=state["position"]["sample"])
+            progress = Progress(**values | {"position": position})
             changes = _changes(state, trainer())
             if state["data"] == hashes["data"]:
                 data.seek(progress.position)
@@ -163,7 +158,10 @@ def train(config: Config) -> None:
         metrics: Metrics | None = None
         if ranks.is_first:
             _describe_run(run, config, engine, source)
-            metrics = stack.enter_context(Metrics(run, config.metrics, n_steps=n_steps, resume_step=progress.step))
+            opened = Metrics(
+                run, config.metrics, n_steps=n_steps, resume_step=progress.step, validated=progress.validated
+            )
+            metrics = stack.enter_context(opened)
             peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype)
             notes = [
                 *(f"WARNING: {warning}" for warning in warnings),
@@ -189,31 +187,45 @@ def train(config: Config) -> None:
         begun = saved
         n_failures, retry_at = 0, n_steps + 1
 
-        def settle() -> None:
+        def settle(*, is_last: bool = False) -> None:
+            """Take note of how a save has ended, on all ranks alike."""
             nonlocal begun, saved, n_failures, retry_at
+            error: Exception | None = None
             try:
-                if saver.finish():
-                    saved, n_failures, retry_at = begun, 0, n_steps + 1
-            except OSError as error:
-                begun, retry_at = saved, progress.step + min(2**n_failures, every)
-                n_failures += 1
-                say(f"WARNING: {error}; training goes on, and tries again at step {retry_at}: make room")
+                if not saver.finish():
+                    return
+            except Exception as failure:
+                error = failure
+            ends = dist.gather({str(ranks.rank): (str(error), isinstance(error, OSError))} if error else {})
+            if not ends:
+                saved, n_failures, retry_at = begun, 0, n_steps + 1
+                return
+            for rank, (text, is_agreed) in ends.items():
+                if not is_agreed or len(ends) < ranks.world_size:
+                    raise TrainingStopped(
+                        f"the ranks cannot agree on a checkpoint any more (rank {rank}: {text}): run the same command "
+                        "again"
+                    )
+            begun, retry_at = saved, progress.step + min(2**n_failures, every)
+            n_failures += 1
+            then = "" if is_last else f"; training goes on, and tries again at step {retry_at}"
+            say(f"WARNING: {error}{then}: make room")
 
         def save() -> None:
-            nonlocal begun
+            nonlocal begun, retry_at
             settle()
-            begun = progress.step
+            begun, retry_at = progress.step, n_steps + 1
             saver.start(checkpoints, trainer(), step=progress.step)
 
         def save_and_wait() -> None:
             """Have a checkpoint of this step, before the program ends."""
+            settle()
             for wait_s in (0.0, *RETRY_S):
-                settle()
                 if saved == progress.step:
                     return
                 time.sleep(wait_s)
                 save()
-            settle()
+                settle(is_last=True)
             if saved != progress.step:
                 raise TrainingStopped(
                     f"the checkpoint of step {progress.step} cannot be written to {checkpoints}: make room, then run "
@@ -272,7 +284,8 @@ def train(config: Config) -> None:
                 remarks: list[str] = []
                 if result.status == "rolled back":
                     settle()
-                    folder, remarks = checkpoint.find(checkpoints, ranks)
+                    # not one that an interruption has left, so that interruptions do not decide what is left out
+                    folder, remarks = checkpoint.find(checkpoints, ranks, every)
                     if folder is None:
                         raise TrainingStopped(f"{result.note}: and no checkpoint could be written to roll back to")
                     checkpoint.restore(folder, engine)
@@ -489,17 +502,21 @@ def _check_resume(state: dict[str, Any], own: dict[str, Any], config: Config) ->
         state, own: the trainer.json of the checkpoint, and that which this run would write.
     """
     where = f"train.run={config.train.run}"
+    form = {key: value for key, value in own.items() if key not in ("config", "lineage")}
+    lineage, sections = state.get("lineage"), state.get("config")
     require(
-        _fits({key: value for key, value in own.items() if key not in ("config", "lineage")}, state)
-        and isinstance(state.get("config"), dict)
-        and isinstance(state.get("lineage"), list),
+        _fits(form, state)
+        and isinstance(lineage, list)
+        and all(isinstance(start, dict) and "source" in start for start in lineage)
+        and isinstance(sections, dict)
+        and all(isinstance(sections.get(name), dict) for name in own["config"]),
         f"{where}: the trainer.json of its checkpoint at step {state.get('step')} is not of the form that this version "
         "writes: use the version of megakexue that wrote it, or remove that folder to go on from the one before",
     )
     old, new = state["config"], own["config"]
     differing = _differences(old, new)
     of_model = [line for line in differing if line.startswith("model.") and not line.startswith(HARMLESS)]
-    families = [(c["optim"]["name"], c["optim"].get("embedding") == "adamw") for c in (old, new)]
+    families = [(c["optim"].get("name"), c["optim"].get("embedding") == "adamw") for c in (old, new)]
     if families[0] != families[1]:
         of_model += [line for line in differing if line.split()[0] in ("optim.name", "optim.embedding")]
     require(
@@ -513,6 +530,17 @@ def _check_resume(state: dict[str, Any], own: dict[str, Any], config: Config) ->
         f"the ids mean other text: use {config.train.run}/tokenizer.model and data made with it",
     )
     asked = [line for line in differing if not line.startswith(HARMLESS)]
+    if "rollback" in (config.guard.on_nonfinite, config.guard.on_spike):  # which goes back to the one before
+        asked += [line for line in differing if line.startswith("checkpoint.every_steps ")]
+    cuts = [
+        (c["train"].get("micro_batch_size"), world)
+        for c, world in ((old, state["world_size"]), (new, own["world_size"]))
+    ]
+    if config.optim.accumulate == "momentum" and cuts[0] != cuts[1]:
+        asked.append(
+            f"train.micro_batch_size: {cuts[0][0]} rows on {cuts[0][1]} ranks -> {cuts[1][0]} on {cuts[1][1]}, and "
+            "with optim.accumulate=momentum each micro-batch is clipped and judged by itself"
+        )
     if state["data"] != own["data"]:
         asked.append("data: other rows, weights, data.shuffle or data.shuffle_seed, so its position means nothing")
     keys = [line.split()[0].rstrip(":") for line in asked]
@@ -535,6 +563,26 @@ def _changes(state: dict[str, Any], own: dict[str, Any]) -> list[str]:
         fresh = f" (from rank {old} on with random states of their own)" if new > old else ""
         lines.append(f"ranks {old} -> {new}{fresh}")
     return lines
+
+
+def _check_not_lost(run: Path, folder: Path | None, ranks: dist.Ranks) -> None:
+    """Refuse to start over where checkpoints have been; a run that was killed before its first one has none."""
+    checkpoints, fault = run / "checkpoints", None
+    if ranks.is_first and folder is None:
+        try:
+            had_some = not checkpoints.is_dir() or (checkpoints / "latest").exists()
+            records = read_metrics(run) if had_some and (run / "metrics.jsonl").exists() else []
+            if records:
+                fault = (
+                    f"train.run={run} has metrics up to step {max(r.step for r in records)} but no checkpoint: restore "
+                    f"{checkpoints}, or choose another train.run"
+                )
+            else:
+                checkpoints.mkdir(exist_ok=True)
+        except (UserError, OSError) as error:  # the others must not be left waiting
+            fault = str(error)
+    fault = dist.gather({"fault": fault} if ranks.is_first else {})["fault"]
+    require(fault is None, str(fault))
 
 
 def _fits(like: Any, value: Any) -> bool:

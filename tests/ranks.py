@@ -2,13 +2,14 @@
 
 A rank is a fork of a server that has imported torch, DeepSpeed and the trainer once, since importing takes some eight
 seconds. What must stay true: the imports start no thread and touch no device, for a fork would copy them in pieces. A
-rank has the environment, the folder, stdout and stderr that its caller has at the time; but what libraries read on
-import they read in the server, and all ranks have its hash seed.
+rank has the environment, the folder, stdout and stderr that its caller has at the time. But what libraries read on
+import they have read in the server, all ranks have its hash seed, and no atexit handler runs at a rank's end.
 """
 
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -20,9 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-}  # fmt: skip
+FIXED = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     # muon is what DeepSpeed imports, and torch's compiler with it, at the first `initialize`
@@ -54,9 +53,9 @@ def start_on_ranks(n: int, function: Callable, *args: Any) -> list[BaseProcess]:
     The function must be importable (a module's top level). A rank that raises prints its traceback and ends with exit
     code 1; one that is killed by a signal has its negative number as exit code.
     """
-    with mock.patch.dict(os.environ, ENVIRONMENT):
+    with mock.patch.dict(os.environ, FIXED | {"PYTHONPATH": os.pathsep.join(sys.path)}):
         forkserver.ensure_running()
-    shared = os.environ | ENVIRONMENT | {
+    shared = os.environ | FIXED | {
         "WORLD_SIZE": str(n), "LOCAL_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }  # fmt: skip
@@ -66,10 +65,9 @@ def start_on_ranks(n: int, function: Callable, *args: Any) -> list[BaseProcess]:
     for rank in range(n):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(CONTEXT.Process(target=_rank, args=(environment, outputs, function, args)))
-    for process in processes:
-        process.start()
-        if n > 1 and process is processes[0]:
-            time.sleep(0.1)  # a rank that finds no store on rank 0 yet tries again half a second later
+        processes[-1].start()
+        if rank == 0 and n > 1:
+            time.sleep(0.1)  # others that find no store on rank 0 try again half a second later
     return processes
 
 
@@ -78,7 +76,7 @@ def _write_result(folder: Path, function: Callable, args: tuple) -> None:
     try:
         path.write_bytes(pickle.dumps(function(*args)))
     except BaseException:
-        path.write_text(traceback.format_exc())
+        path.with_suffix(".error").write_text(traceback.format_exc())
         raise
 
 
@@ -100,7 +98,8 @@ def run_on_ranks(n: int, function: Callable, *args: Any, timeout_s: float = 540)
                 for rank, code in [(rank, process.exitcode) for rank, process in running.items()]:
                     if code is not None:
                         del running[rank]
-                        reason = paths[rank].read_text() if code == 1 else f"exit code {code}"
+                        error = paths[rank].with_suffix(".error")
+                        reason = error.read_text() if error.exists() else f"exit code {code}"
                         assert code == 0, f"rank {rank} of {n} failed:\n{reason}"
         finally:
             for process in processes:

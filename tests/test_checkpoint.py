@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import struct
@@ -188,16 +189,17 @@ def test_damage_is_found_and_the_one_before_is_used(
         (lambda: shutil.rmtree(newest) or newest.mkdir(), "cannot read the manifest of a checkpoint"),
         (lambda: (newest / "manifest.json").write_text("{"), "cannot read the manifest of a checkpoint"),
         (lambda: (newest / "manifest.json").write_text("[" * 100_000), "RecursionError"),
-        (lambda: set_manifest({"format": 99}), "format 99 is not 4"),
+        (lambda: set_manifest({"format": 3}), "format 3 is not 4"),
         (lambda: set_manifest({"files": files | outside}), "names '../../latest', which no checkpoint has"),
         (lambda: set_manifest({"files": files | {"a.pt": {}}}), "names 'a.pt', which no checkpoint has"),
         (lambda: set_manifest({"files": {}}), "the manifest lacks ['rank_00000.safetensors', 'trainer.json']"),
-        (lambda: set_manifest({"files": []}), "AttributeError"),
+        (lambda: set_manifest({"files": []}), "the manifest names no files"),
         (lambda: put(newest / "trainer.json", b'{"step": 7}'), "trainer.json: it is of step 7, not 3"),
         (lambda: put(tensors, pickle.dumps(Payload())), "rank_00000.safetensors: it is no safetensors file"),
         (lambda: put(tensors, struct.pack("<Q", 2**62) + b"{}"), "it is no safetensors file: Error while des"),
         (lambda: put_tensors({key: one_nan}), f"{key} is not finite"),
-        (lambda: put_tensors({key: torch.ones(517, 36)}), f"{key} has 2 axes instead of 1"),
+        (lambda: put_tensors({key: torch.ones(517, 36)}), f"{key} has the shape [517, 36] and the dtype F32 instead"),
+        (lambda: put_tensors({key: torch.ones(9, dtype=torch.float64)}), "and the dtype F64 instead of one axis"),
         (lambda: put_tensors({"../x": torch.ones(1)}), "it holds '../x', which no checkpoint has"),
         (link, "rank_00000.safetensors is a link"),
     ]:  # fmt: skip
@@ -211,6 +213,17 @@ def test_damage_is_found_and_the_one_before_is_used(
         shutil.rmtree(folder)
         (tmp_path / "spare").rename(folder)
     assert not (tmp_path / "hacked").exists()
+    # what is no damage moves nothing: a newer version's, or storage that does not answer
+    manifest = (newest / "manifest.json").read_bytes()
+    set_manifest({"format": 5})
+    with pytest.raises(UserError, match=r"step_00000003 cannot be used by rank 0: format 5 is not 4: it is left"):
+        checkpoint.find(folder, ALONE)
+    (newest / "manifest.json").unlink()
+    (newest / "manifest.json").mkdir()
+    with pytest.raises(UserError, match=r"step_00000003 cannot be used by rank 0: .*Is a directory.*: it is left"):
+        checkpoint.find(folder, ALONE)
+    (newest / "manifest.json").rmdir()
+    (newest / "manifest.json").write_bytes(manifest)
     assert checkpoint.find(folder, ALONE) == (newest, [])
     for path in checkpoint.step_folders(folder):
         (path / "trainer.json").unlink()
@@ -234,12 +247,18 @@ def save_and_list(config: Config, folder: Path) -> list[list[str]]:
     lists = [sorted(path.name for path in folder.iterdir())]
     for step in range(1, 11):
         save(engine, folder / "every", step, keep_every=4)
-    return [*lists, sorted(path.name for path in (folder / "every").iterdir())]
+    # as signals leave them: only as long as they are the newest
+    for step in (10, 13, 20, 21, 24):
+        save(engine, folder / "signals", step, every_steps=10)
+        lists.append(sorted(path.name for path in (folder / "signals").glob("step*")))
+    return [sorted(path.name for path in (folder / "every").iterdir()), *lists]
 
 
 def test_what_is_kept(prepared: Prepared, tmp_path: Path) -> None:
-    ((after_fallback, every),) = run_on_ranks(1, save_and_list, make_config(prepared), tmp_path)
+    ((every, after_fallback, *signals),) = run_on_ranks(1, save_and_list, make_config(prepared), tmp_path)
     assert after_fallback == ["latest", "step_00000020_best", "step_00000025", "step_00000030.damaged"]
+    assert [[int(name[5:]) for name in names] for names in signals] == [[10], [10, 13], [10, 20], [10, 20, 21],
+                                                                        [10, 20, 24]]  # fmt: skip
     assert every == ["latest", "step_00000004", "step_00000008", "step_00000009", "step_00000010"]
 
 
@@ -315,6 +334,43 @@ def test_a_full_disk_is_known_to_all_ranks_and_leaves_the_old_one(prepared: Prep
         assert "cannot save" in message and "rank 1" in message and "step_00000002" in message
     assert checkpoint.find(tmp_path, ALONE) == (tmp_path / "step_00000001", [])
     assert not list(tmp_path.glob("*.tmp"))  # the room is given back
+
+
+def save_what_cannot_be(config: Config, folder: Path) -> list[str]:
+    """Save with state that is not finite, and with no memory for the copy, on one of two ranks each."""
+    from megakexue.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    _fill(engine, base=0)
+    ends = []
+
+    def attempt(saver: checkpoint.Saver, own: dict[str, torch.Tensor] | None = None) -> None:
+        saver.start(folder, {"step": 1}, own, step=1)
+        engine.before_change()  # a copy that fails must not hold training up
+        try:
+            ends.append(str(saver.finish()))
+        except OSError as error:
+            ends.append(str(error))
+
+    saver = checkpoint.Saver(engine, CheckpointConfig())
+    view = engine.optimizer.state[0]["exp_avg_sq"]
+    view[:1] = 1.0 if ranks.is_first else torch.inf
+    attempt(saver)
+    attempt(saver, {"batch.0.tokens": torch.zeros(1)})  # a dump is of a step that went wrong
+    view[:1] = 1.0
+    if ranks.is_first:
+        saver._copy = lambda live: bytearray(2**60)  # type: ignore[method-assign, assignment, return-value]
+    attempt(saver)
+    return ends
+
+
+@pytest.mark.slow
+def test_what_cannot_be_saved_on_one_rank_is_saved_on_none(prepared: Prepared, tmp_path: Path) -> None:
+    for ends in run_on_ranks(2, save_what_cannot_be, make_config(prepared, stage=1), tmp_path):
+        assert re.search(r"cannot save .*'rank 1': 'exp_avg_sq/.* is not finite, and such", ends[0])
+        assert ends[1] == "True"
+        assert "'rank 0': 'MemoryError()'" in ends[2]
 
 
 def numbers() -> tuple[Any, ...]:

@@ -39,7 +39,11 @@ def meetings() -> list[Any]:
     answers.append(end_of(preemption.meet, flag=rank == 0))
     answers.append(end_of(preemption.meet, error=ValueError("no shard") if rank == 1 else None))
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    preemption = make()
     with preemption.listening():
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGALRM)  # somebody else's
+        time.sleep(0.2)
         answers.append(end_of(preemption.meet, flag=True))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     with preemption.listening():
