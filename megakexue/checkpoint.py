@@ -127,7 +127,7 @@ class Saver:
             self._engine.before_change = lambda: None
 
         self._engine.before_change = wait
-        # a daemon: a process that fails must not hang in the collectives of this one
+        # a daemon: where a rank hangs, the interpreter must be able to end
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
         self.waited_s += time.perf_counter() - began

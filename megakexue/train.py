@@ -215,6 +215,8 @@ def train(config: Config) -> None:
             nonlocal begun, retry_at
             settle()
             begun, retry_at = progress.step, n_steps + 1
+            if metrics:
+                metrics.sync()
             saver.start(checkpoints, trainer(), step=progress.step)
 
         def save_and_wait() -> None:

@@ -6,6 +6,7 @@ rank has the environment, the folder, stdout and stderr that its caller has at t
 import they have read in the server, all ranks have its hash seed, and no atexit handler runs at a rank's end.
 """
 
+import faulthandler
 import os
 import pickle
 import socket
@@ -41,6 +42,7 @@ def _rank(environment: dict[str, str], outputs: list[Connection], function: Call
     os.environ.update(environment)
     for number, output in enumerate(outputs, start=1):
         os.dup2(output.fileno(), number)
+    faulthandler.dump_traceback_later(500)  # where it hangs, before the caller loses patience
     import torch
 
     torch.set_num_threads(1)

@@ -158,6 +158,23 @@ for step in range(1, 10**9):
     assert len(steps) >= last
 
 
+def test_a_validation_that_is_made_again_is_recorded_once(tmp_path):
+    for validated in (0, 0, 2):
+        with Metrics(tmp_path, QUIET, n_steps=2, resume_step=validated or 2, validated=validated) as metrics:
+            if validated == 0:
+                metrics.log_validation(2, 1.5, 7)
+    assert read_metrics(tmp_path) == [ValidationRecord(step=2, loss=1.5, n_tokens=7)]
+
+
+def test_records_are_on_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
+    synced = []
+    with Metrics(tmp_path, QUIET, n_steps=2, resume_step=0) as metrics:
+        metrics.log_validation(1, 1.5, 7)
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+        metrics.sync()
+    assert synced == [str(tmp_path / "metrics.jsonl")]
+
+
 def test_start_at_step_0_begins_anew(tmp_path):
     for _ in range(2):
         with Metrics(tmp_path, QUIET, n_steps=20, resume_step=0) as metrics:
