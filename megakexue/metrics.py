@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -229,7 +230,10 @@ class Metrics:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "ab", buffering=0)
+        self._pending = b""
+        """Records, or the rest of one, that a full disk has not taken yet."""
+        self._is_full = False
 
         self._tensorboard = None
         if config.tensorboard:
@@ -310,26 +314,44 @@ class Metrics:
 
     def sync(self) -> None:
         """Push the records to the disk, before a checkpoint is there that follows them: a power cut leaves no gap."""
+        self._flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Say how the steps since step 1 ended and close the files. A second call does nothing."""
         if self._file.closed:
             return
+        self._flush()
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):
+                self._tensorboard.close()
         if self._progress is not None:
             self._progress.stop()
         counts: dict[Status, int] = {"applied": self._step - self._bad_steps.total(), **self._bad_steps}
         print(f"{self._step} steps: " + ", ".join(f"{n} {status}" for status, n in counts.items()), flush=True)
 
     def _write(self, record: Record, scalars: dict[str, float]) -> None:
-        self._file.write(_json_line(record))
-        self._file.flush()
+        self._pending += _json_line(record).encode()
+        self._flush()
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, record.step)
+            try:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, record.step)
+            except OSError as error:
+                self._tensorboard = None
+                self.message(f"WARNING: TensorBoard's events cannot be written any more: {error}")
+
+    def _flush(self) -> None:
+        """Write what is pending, and leave it pending where the disk is full: training is worth more."""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+            self._is_full = False
+        except OSError as error:
+            if not self._is_full:
+                self.message(f"WARNING: metrics.jsonl cannot be written, and waits: {error}: make room")
+            self._is_full = True
 
 
 # Dense TFLOP/s of one GPU by NVIDIA's data sheets: bf16 and fp16 with fp32 accumulation, then fp32 outside the tensor

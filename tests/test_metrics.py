@@ -175,6 +175,32 @@ def test_records_are_on_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
     assert synced == [str(tmp_path / "metrics.jsonl")]
 
 
+FULL = """
+import os, pathlib, resource, signal, sys
+from megakexue.config import MetricsConfig
+from megakexue.metrics import Metrics, read_metrics
+
+run = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an error, as on a full disk
+with Metrics(run, MetricsConfig(tensorboard=False), n_steps=9, resume_step=0) as metrics:
+    metrics.log_validation(1, 1.5, 7)
+    size = (run / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
+    for step in (2, 3):
+        metrics.log_validation(step, 1.5, 7)
+    assert (run / "metrics.jsonl").stat().st_size == size + 10
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    metrics.log_validation(4, 1.5, 7)
+assert [r.step for r in read_metrics(run)] == [1, 2, 3, 4]
+"""
+
+
+def test_a_full_disk_loses_no_record_and_stops_nobody(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("WARNING: metrics.jsonl cannot be written, and waits: [Errno 27] File too large") == 1
+
+
 def test_start_at_step_0_begins_anew(tmp_path):
     for _ in range(2):
         with Metrics(tmp_path, QUIET, n_steps=20, resume_step=0) as metrics:
