@@ -226,7 +226,7 @@ def _write(
         OSError: on all ranks, naming those that could not write. Nothing is left behind.
     """
     folder, parent = final.with_suffix(".tmp"), final.parent
-    name = f"rank_{ranks.rank:05d}.safetensors"
+    name = file_name(ranks.rank)
     entries: dict[str, Any] = {}
 
     def together(action: Callable[[], Any]) -> dict[str, Any]:
@@ -346,7 +346,7 @@ def _fault_of_files(folder: Path, files: dict[str, Any], ranks: dist.Ranks) -> s
     if foreign:
         return f"the manifest names {foreign[0]!r}, which no checkpoint has: it is not read"
     n_writers = sum(name != "trainer.json" for name in files)
-    lost = {"trainer.json", *map(_file_name, range(max(1, n_writers)))} - files.keys()
+    lost = {"trainer.json", *map(file_name, range(max(1, n_writers)))} - files.keys()
     if lost:
         return f"the manifest lacks {sorted(lost)}"
     for i, (name, entry) in enumerate(sorted(files.items())):
@@ -391,7 +391,7 @@ def _fault_of_tensors(path: Path) -> str | None:
     return None
 
 
-def _file_name(rank: int) -> str:
+def file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 

@@ -31,6 +31,10 @@ IGNORED = -100
 """The target of a position that predicts nothing."""
 
 
+PREEMPTED = 75
+"""Exit code of a run that a signal has ended, saved: EX_TEMPFAIL of sysexits.h, try again later."""
+
+
 class UserError(ValueError):
     """Something that a user wrote is wrong. The message is one line: what, where, what to do. Exit code 2."""
 

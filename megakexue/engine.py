@@ -37,7 +37,7 @@ from megakexue.attention import choose_backend
 from megakexue.config import Config, EngineConfig, Status
 from megakexue.data import Batch
 from megakexue.guard import Guard
-from megakexue.model import Decoder, axes, centre, parameter_names, shape
+from megakexue.model import Decoder, axes, centre, initial_weight, parameter_names, shape
 from megakexue.optim import N_STATISTICS, Optimizer, Segment, Sums, clip_factor, cut_rows
 
 LOAD_ELEMENTS = 2**21
@@ -250,6 +250,18 @@ class Engine:
         self.optimizer.masters_changed()
         self._refresh_module()
         self.check_weights()
+
+    def load_new(self, seed: int) -> None:
+        """Load the initial weights of `seed`, with one whole tensor in memory at a time."""
+        whole: dict[str, Tensor] = {}
+
+        def read(kind: str, segment: Segment) -> Tensor:
+            if segment.name not in whole:  # the parts of a parameter follow one another
+                whole.clear()
+                whole[segment.name] = initial_weight(segment.name, self.config.model, seed).view(-1)
+            return whole[segment.name][segment.start : segment.stop]
+
+        self.load(read)
 
     def _refresh_module(self) -> None:
         inner = self._engine.optimizer

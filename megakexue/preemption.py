@@ -1,6 +1,6 @@
 """Preemption: a signal to any rank saves the run and ends it, with an exit code that says so.
 
-    SIGTERM, SIGINT, SIGUSR1      all ranks save together and exit with EXIT_CODE; the same command goes on
+    SIGTERM, SIGINT, SIGUSR1      all ranks save together and exit with PREEMPTED; the same command goes on
     the same again, later         this rank exits at once; what it was writing is never trusted
     `grace_s` after the first     the same: some rank does not answer, and the cluster is about to kill anyway
 
@@ -25,9 +25,8 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from megakexue import dist
+from megakexue.config import PREEMPTED
 
-EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again later."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BURST_S = 5.0
 """Signals that come so soon after the first are the same request: a launcher passes on what its group has got too."""
@@ -36,12 +35,12 @@ _number = itertools.count()
 
 
 class Preempted(SystemExit):
-    """The run is saved; ends the process with EXIT_CODE if nobody catches it."""
+    """The run is saved; ends the process with code PREEMPTED if nobody catches it."""
 
     code: int
 
     def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(PREEMPTED)
 
 
 class Interruption(Exception):

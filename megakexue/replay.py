@@ -183,7 +183,7 @@ class Dump:
         self.model = build(ModelConfig, config["model"], where=where)
         self.loss = build(LossConfig, config["loss"], where=where)
         self.dtype = build(EngineConfig, config["engine"], where=where).dtype
-        self._names = [f"rank_{rank:05d}.safetensors" for rank in range(self.world_size)]
+        self._names = [checkpoint.file_name(rank) for rank in range(self.world_size)]
         lost = [name for name in self._names if name not in files]
         require(not lost, f"{folder}: world_size={self.world_size}, but manifest.json lacks {lost}: copy it again")
         self._reader = checkpoint.Reader(self.folder)

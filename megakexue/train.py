@@ -54,7 +54,7 @@ from megakexue.metrics import (
     peak_flops,
     read_metrics,
 )
-from megakexue.model import initial_weight, resolve
+from megakexue.model import resolve
 from megakexue.optim import lr_factor
 from megakexue.preemption import Interruption, Preemption
 from megakexue.rope import base_notes
@@ -209,7 +209,7 @@ def train(config: Config) -> None:
             begun, retry_at = saved, progress.step + min(2**n_failures, every)
             n_failures += 1
             then = "" if is_last else f"; training goes on, and tries again at step {retry_at}"
-            say(f"WARNING: {error}{then}: make room")
+            say(f"WARNING: {error}{then}; if the disk is full, make room")
 
         def save() -> None:
             nonlocal begun, retry_at
@@ -332,7 +332,7 @@ def train(config: Config) -> None:
                         saver.start(dumps, trainer() | facts, _tensors(micro_batches), step=step, keep_last=1)
                         saver.finish()
                         kept = f"`tools/replay_step.py {dumps / f'step_{step:08d}'}` {finds}"
-                    except OSError as error:  # the reason of the stop matters more
+                    except Exception as error:  # of any kind: the reason of the stop matters more
                         kept = f"the step is not kept for tools/replay_step.py: {error}"
                     raise TrainingStopped(f"{reason}; the rows are in {run / 'logs'}; {kept}")
         except Interruption as interruption:
@@ -396,17 +396,8 @@ def _tensors(batches: list[Batch]) -> dict[str, Tensor]:
 def _start_weights(engine: Engine, config: Config) -> tuple[str, str | None]:
     """Fill the masters of a run that has no checkpoint; return where they come from, and the bundle's fingerprint."""
     if config.train.init_from is None:
-        seed = config.train.seed
-        whole: dict[str, Any] = {}
-
-        def initial(kind: str, segment: Any) -> Any:
-            if segment.name not in whole:  # segments of a parameter follow one another: one whole tensor at a time
-                whole.clear()
-                whole[segment.name] = initial_weight(segment.name, config.model, seed).view(-1)
-            return whole[segment.name][segment.start : segment.stop]
-
-        engine.load(initial)
-        return f"new weights from train.seed={seed}", None
+        engine.load_new(config.train.seed)
+        return f"new weights from train.seed={config.train.seed}", None
     bundle = Bundle(config.train.init_from, check_hashes=engine.ranks.is_first)
     _check_init(bundle, config.model)
     require(

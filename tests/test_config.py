@@ -240,6 +240,8 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         (["engine.timeout_s=0"], "engine.timeout_s=0.0 must be positive"),
         (["checkpoint.every_steps=0"], "checkpoint.every_steps=0 must be positive"),
         (["checkpoint.keep_last=0"], "checkpoint.keep_last=0 must be positive"),
+        (["checkpoint.keep_every=15"], "checkpoint.keep_every=15 must be a multiple of checkpoint.every_steps=10, or"),
+        (["checkpoint.grace_s=0"], "checkpoint.grace_s=0.0 must be positive"),
         (["evaluate.every_steps=0"], "evaluate.every_steps=0 must be positive, or null for off"),
         (["evaluate.n_rows=0"], "evaluate.n_rows=0 must be positive"),
     ],

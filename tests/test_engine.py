@@ -75,7 +75,7 @@ def make_config(
 
 
 def initial_masters(engine: Any, config: Config) -> None:
-    engine.load(lambda kind, s: initial_weight(s.name, config.model, 0).view(-1)[s.start : s.stop])
+    engine.load_new(seed=0)
 
 
 def own_batches(config: Config, ranks: Any, *, same_batch: bool = False) -> Batches:

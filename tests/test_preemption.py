@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megakexue.preemption import EXIT_CODE, Interruption, Preempted, Preemption
+from megakexue.config import PREEMPTED
+from megakexue.preemption import Interruption, Preempted, Preemption
 from tests.ranks import run_on_ranks, start_on_ranks
 
 
@@ -70,8 +71,8 @@ def test_all_ranks_leave_at_the_same_meeting() -> None:
     assert first[2] == ("rank 1 failed: no shard", 2)
     assert second[2][0] == "rank 1 failed: no shard" and str(second[2][1]) == "no shard"
     assert first[3] == second[3] == ("went on", True)
-    assert first[4] == second[4] == ("SIGUSR1 on rank 1", EXIT_CODE)
-    assert Preempted().code == EXIT_CODE == 75
+    assert first[4] == second[4] == ("SIGUSR1 on rank 1", PREEMPTED)
+    assert Preempted().code == PREEMPTED == 75
 
 
 def hang(grace_s: float, second_after_s: float | None, burst_s: float) -> None:

@@ -639,6 +639,31 @@ def train_with_a_full_disk(config: Config, steps: tuple[int, int]) -> str:
     return ""
 
 
+def train_disagreeing(config: Config) -> str:
+    """Train while the second rank loses touch with the others at the end of a save."""
+    from megakexue import checkpoint
+
+    finish = checkpoint.Saver.finish
+
+    def lost(self: Any) -> bool:
+        if finish(self) and os.environ["RANK"] == "1":
+            raise RuntimeError("connection lost")
+        return True
+
+    checkpoint.Saver.finish = lost  # type: ignore[method-assign]
+    return train_with_a_full_disk(config, (0, 0))
+
+
+def poisoned_with_a_full_disk(config: Config) -> str:
+    from megakexue import checkpoint
+
+    def full(tensors: Any, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint.save_file = full  # type: ignore[assignment]
+    return train_poisoned(config, {2: math.inf})
+
+
 @pytest.mark.slow
 def test_a_full_disk_does_not_stop_the_run(
     prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -654,11 +679,19 @@ def test_a_full_disk_does_not_stop_the_run(
     assert run_on_ranks(2, train_with_a_full_disk, first, (4, 7)) == ["", ""]
     out = capfd.readouterr().out
     again = re.findall(r"WARNING: cannot save .*step_0000000(\d): {'rank 1': .*No space left on device.*}; training "
-                       r"goes on, and tries again at step (\d): make room", out)  # fmt: skip
+                       r"goes on, and tries again at step (\d); if the disk is full, make room", out)  # fmt: skip
     assert again == [("4", "5"), ("5", "7")]
     saved = sorted(path.name for path in (tmp_path / "first" / "checkpoints").glob("step_*"))
     assert saved == ["step_00000008", "step_00000009"]  # that of step 7 only until there was a newer one
     assert [r["step"] for r in records(tmp_path / "first")] == list(range(1, 10))
+    # a save that the ranks do not agree on ends them all: they could never agree on another one
+    third = tiny_config(prepared, tmp_path / "third", *options)
+    for end in run_on_ranks(2, train_disagreeing, third):
+        assert "the ranks cannot agree on a checkpoint any more (rank 1: connection lost): run the same command" in end
+    # a rollback needs something to go back to
+    fourth = tiny_config(prepared, tmp_path / "fourth", *options, "guard.on_nonfinite=rollback")
+    for end in run_on_ranks(2, poisoned_with_a_full_disk, fourth):
+        assert "step 2: loss" in end and "and no checkpoint could be written to roll back to" in end
     # and where the last one cannot be written either, the program says what to do
     second = tiny_config(prepared, tmp_path / "second", *options)
     for end in run_on_ranks(2, train_with_a_full_disk, second, (8, 99)):

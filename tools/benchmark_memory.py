@@ -132,7 +132,7 @@ def measure(case: Case, rank: int, port: int) -> Cost:
 
     from megakexue.data import Batch
     from megakexue.engine import Engine, start
-    from megakexue.model import initial_weight, resolve
+    from megakexue.model import resolve
 
     torch.set_num_threads(1)
     sent: Counter[str] = Counter()
@@ -158,7 +158,7 @@ def measure(case: Case, rank: int, port: int) -> Cost:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine = Engine(config, ranks)
-        engine.load(lambda kind, s: initial_weight(s.name, config.model, 0).view(-1)[s.start : s.stop])
+        engine.load_new(seed=0)
         optimizer, inner = engine.optimizer, engine._engine
         for phase, owner, name in (
             ("forward", inner, "forward"), ("backward", inner, "backward"), ("absorb", optimizer, "gradient_sums"),

@@ -22,7 +22,7 @@ to save in a thread, and goes on with steps until that is written. What counts i
 still on the slowest rank. On a CPU the thread takes cores from the steps beside it, which `step while writing` shows.
 --out must have room for four checkpoints; they are removed.
 
-How long a save takes is also what a cluster must grant after its signal, beside the longest micro-batch.
+How long a save takes is also what a cluster must grant after its signal, twice: one may be under way. docs/recovery.md
 """
 
 
@@ -48,13 +48,13 @@ def main() -> None:
     from megakexue import checkpoint, dist
     from megakexue.data import Batch
     from megakexue.engine import Engine, start
-    from megakexue.model import initial_weight, resolve
+    from megakexue.model import resolve
 
     ranks = start(config.engine)
     model = resolve(config.model, config.optim.name, config.data.seq_len)
     config = dataclasses.replace(config, model=model, optim=config.optim.resolved(model.tie_embeddings))
     engine = Engine(config, ranks)
-    engine.load(lambda kind, s: initial_weight(s.name, model, 0).view(-1)[s.start : s.stop])
+    engine.load_new(seed=0)
     rows, t = config.train.micro_batch_size, config.data.seq_len
     tokens = torch.randint(0, model.vocab_size, (rows, t + 1), generator=torch.Generator().manual_seed(ranks.rank))
     batch = Batch(

@@ -27,7 +27,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import Config, UserError, check_inputs, load_config, require, run_program, to_yaml, write_whole
+from megakexue.config import (
+    PREEMPTED,
+    Config,
+    UserError,
+    check_inputs,
+    load_config,
+    require,
+    run_program,
+    to_yaml,
+    write_whole,
+)
 
 EPILOG = """\
 Both runs are those of launch/train.py, with your schedule: 2K of its train.steps. Compared are all records but the
@@ -50,8 +60,6 @@ examples:
 exit status: 0 equal, 1 different, 2 a mistake, or nothing could be compared, such as when a run failed
 """
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
-PREEMPTED = 75
-"""What a run exits with that a signal made save."""
 CLOCK = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s"}
 TRAINER = ("step", "tokens", "position", "validated", "n_updates", "data", "tokenizer", "init_bundle", "guard")
 BOUNDS = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # sums over other ranks have another order
