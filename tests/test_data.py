@@ -98,8 +98,10 @@ def close_all():
     while OPENED:
         OPENED.pop().close()
     for thread in threading.enumerate():
-        if "_fetch_ahead" in thread.name:  # whose download would be counted by the next test
+        # one that `close` did not wait for would try its download again in the next test, from that test's bucket
+        if "_fetch_ahead" in thread.name or "_read_ahead" in thread.name:
             thread.join(60)
+            assert not thread.is_alive(), thread
 
 
 @pytest.fixture(autouse=True)
