@@ -28,6 +28,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -38,7 +39,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +58,8 @@ from streaming.base.world import World
 from torch import Tensor
 
 from megakexue.config import IGNORED, DataConfig, SourceConfig, UserError, read_json, require, sha256
+
+log = logging.getLogger("megakexue")
 
 T = TypeVar("T")
 Ints = npt.NDArray[np.int64]
@@ -224,13 +227,18 @@ class Source:
             try:
                 return action()
             except Exception as error:  # each downloader raises its own kinds
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 if attempt == self.n_attempts:
                     raise UserError(
-                        f"data source {self.path}: cannot read {what} after {attempt} attempts "
-                        f"({type(error).__name__}: {' '.join(str(error).split())}): check the path, the access rights "
-                        "and the network, or prepare the data again"
+                        f"data source {self.path}: cannot read {what} after {attempt} attempts ({reason}): "
+                        "check the path, the access rights and the network, or prepare the data again"
                     ) from error
-            time.sleep(min(2 ** (attempt - 1), self.config.download_timeout_s))
+            wait_s = min(2 ** (attempt - 1), self.config.download_timeout_s)
+            log.warning(
+                "data source %s: attempt %d of %d to read %s failed (%s); tries again in %g s",
+                self.path, attempt, self.n_attempts, what, reason, wait_s,
+            )  # fmt: skip
+            time.sleep(wait_s)
         raise AssertionError
 
     def _read_manifest(self) -> dict[str, Any]:
@@ -289,18 +297,24 @@ class Source:
         path = self.folder / basename
         if not self.is_cached or is_touched(path):
             return path
-        name = f"{self.folder.parent.name}-{self.split}-{basename}".replace("/", "-")
-        with locked(self.cache / "locks" / name):
+        with self._locked(path):
             if not is_touched(path):
-                self._attempt(f"{self.split}/{basename}", lambda: self._download(index, path, name))
+                self._attempt(f"{self.split}/{basename}", lambda: self._download(index, path))
         return path
 
-    def _download(self, index: int, path: Path, name: str) -> None:
+    def _locked(self, path: Path) -> AbstractContextManager[None]:
+        """Hold the lock of a shard of the cache: for downloading it, and for discarding a damaged copy."""
+        return locked(self.cache / "locks" / self._name(path))
+
+    def _name(self, path: Path) -> str:
+        return f"{self.folder.parent.name}-{self.split}-{path.name}".replace("/", "-")
+
+    def _download(self, index: int, path: Path) -> None:
         shard = self.shards[index]
         if self.cache_limit is not None:
             evict(self.cache, self.cache_limit - shard.get_max_size())
         # the same name each time, under the lock: what a killed run left behind is cleared here
-        folder = self.cache / "tmp" / f"{socket.gethostname()}-{name}"
+        folder = self.cache / "tmp" / f"{socket.gethostname()}-{self._name(path)}"
         shutil.rmtree(folder, ignore_errors=True)
         self._stream(str(folder)).prepare_shard(shard)
         downloaded = folder / self.split / shard.raw_data.basename
@@ -310,6 +324,13 @@ class Source:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(downloaded, path)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _discard(self, path: Path, damaged: int) -> None:
+        """Delete the damaged copy open as `damaged`; never a good one that another process has put in its place."""
+        with self._locked(path), suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(damaged)):
+                log.warning("%s: this copy in the cache is damaged; it is downloaded again", path)
+                path.unlink()
 
     def open(self, index: int) -> int:
         """Return a file descriptor of a shard whose bytes were compared with the index once by this process."""
@@ -324,10 +345,12 @@ class Source:
             if index in self.verified or is_intact(file, self.shards[index]):
                 self.verified.add(index)
                 return file
-            os.close(file)
-            if is_last or not self.is_cached:
-                break
-            path.unlink(missing_ok=True)  # a damaged copy in the cache: download it again
+            try:
+                if is_last or not self.is_cached:
+                    break
+                self._discard(path, file)  # and download it again
+            finally:
+                os.close(file)
         raise UserError(
             f"{path}: damaged shard: its size or hash is not what {self.path}/{self.split}/index.json says; "
             "restore it from a copy or prepare the data again"
@@ -551,7 +574,10 @@ class Batches:
             self.close()
 
     def close(self) -> None:
-        """Stop the threads and close the files. A later `next_step` starts them again."""
+        """Stop the threads and close the files. A later `next_step` starts them again.
+
+        A thread in a download is not waited for: it ends after it, and after the attempts that are left if it fails.
+        """
         self._stop.set()
         if self._queue is not None and self._reader is not None:
             with suppress(queue.Empty):

@@ -614,12 +614,18 @@ def test_remote_equals_local_and_downloads_each_shard_once(tmp_path, bucket):
     assert {n for key, n in bucket.gets.items() if key.endswith(".mds")} == {1}
 
 
-def test_downloads_are_tried_again_a_bounded_number_of_times(tmp_path, bucket, waits):
+def test_downloads_are_tried_again_a_bounded_number_of_times(tmp_path, bucket, waits, caplog):
     write_source(bucket.folder / "a", 10)
     bucket.fail = {"a/manifest.json": 1, "a/train/index.json": 1, "a/train/shard.00000.mds": 1}
     config = s3_config(bucket, "a", download_retries=1)
     assert len(tokens_of([open_batches(config, tmp_path / "cache").next_step()])) == 8
     assert waits == [1, 1, 1]
+    said = [record.getMessage() for record in caplog.records if record.name == "megakexue"]
+    assert [line.split(" failed (")[0] for line in said] == [
+        f"data source s3://bucket/a: attempt 1 of 2 to read {what}"
+        for what in ("manifest.json", "train/index.json", "train/shard.00000.mds")
+    ]
+    assert all("500" in line and line.endswith("); tries again in 1 s") for line in said)
     waits.clear()
     options = {"tokenizer": bucket.folder / "a/tokenizer.model", "download_retries": 4, "download_timeout_s": 5}
     with pytest.raises(UserError, match=r"data source s3://bucket/none: cannot read manifest.json after 5 attempts"):
@@ -668,6 +674,29 @@ def test_a_damaged_shard_is_never_trusted(tmp_path, bucket, waits):
     with pytest.raises(UserError, match=r"shard.00000.mds after 2 attempts \(OSError: damaged: its size"):
         batches.next_step()
     assert not list((tmp_path / "another/shards").rglob("*.mds"))
+
+
+def test_a_good_copy_is_not_discarded_in_place_of_the_damaged_one_before_it(tmp_path, bucket, caplog, monkeypatch):
+    write_source(bucket.folder / "a", 10)
+    source, another, third = (open_batches(s3_config(bucket, "a"), tmp_path / "cache").sources[0] for _ in range(3))
+    path = source.fetch(0)
+    damage(path)
+    is_intact = data.is_intact
+
+    def is_slowly_intact(file, shard):
+        """While the damage is found, another process finds it as well, and downloads the shard again."""
+        monkeypatch.setattr(data, "is_intact", is_intact)
+        verdict = is_intact(file, shard)
+        os.close(another.open(0))
+        return verdict
+
+    monkeypatch.setattr(data, "is_intact", is_slowly_intact)
+    for opened in (source, third):
+        os.close(opened.open(0))
+    assert bucket.gets["a/train/shard.00000.mds"] == 2
+    assert [record.getMessage() for record in caplog.records if record.name == "megakexue"] == [
+        f"{path}: this copy in the cache is damaged; it is downloaded again"
+    ]
 
 
 def test_the_cache_stays_within_its_limit(tmp_path, bucket, small_windows):
