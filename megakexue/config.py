@@ -611,6 +611,11 @@ class TrainConfig:
     """Of the initial weights, tensor by tensor, so that ranks and stages do not matter."""
     init_from: str | None = None
     """A bundle to start from; its model section must agree with `model`."""
+    init_optimizer: Literal["keep", "reset"] = "reset"
+    """keep: go on with the optimizer's state in that bundle (tools/export_model.py --optimizer, tools/grow_model.py).
+    The schedule begins anew, so optim.warmup_steps warms the rate up again; 20 to 200 steps are usual."""
+    init_data: Literal["continue", "start"] = "start"
+    """continue: with the rows after those that the bundle was trained on, in the same order of the same data."""
     stop_at_step: int | None = None
     """Save a checkpoint and stop there, as an interruption would; the schedule still runs to `steps`."""
     accept_changes: list[str] = field(default_factory=list)
@@ -626,6 +631,12 @@ class TrainConfig:
             f"train.micro_batch_size={self.micro_batch_size}",
         )
         require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
+        for name, default in (("init_optimizer", "reset"), ("init_data", "start")):
+            value = getattr(self, name)
+            require(
+                self.init_from is not None or value == default,
+                f"train.{name}={value} has no effect with train.init_from=null: name a bundle, or set it to {default}",
+            )
 
     def n_micro_batches(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks takes in one optimizer step."""

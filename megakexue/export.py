@@ -3,6 +3,7 @@
     bundle/
       config.yaml              the model section, resolved, and the lineage
       model.safetensors        parameters by name; above SHARD_BYTES several files and model.safetensors.index.json
+      optimizer.safetensors    if wanted, its state by kind/name; likewise
       tokenizer.model
       manifest.json            sha256 and size of each file; written last
 
@@ -29,9 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megakexue import __version__
-from megakexue.config import ModelConfig, UserError, build, read_json, require, sha256
+from megakexue.config import ModelConfig, OptimConfig, UserError, build, read_json, require, sha256
 from megakexue.model import axes, parameter_names, resolve, shape
-from megakexue.optim import Segment
+from megakexue.optim import Segment, state_dtypes
 from megakexue.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 * 2**30
@@ -39,48 +40,110 @@ FORMAT = 2
 
 
 def export_run(
-    run: Path, out: Path, *, step: int | None = None, dtype: torch.dtype = torch.float32, overwrite: bool = False
-) -> Path:
+    run: Path, out: Path, *, step: int | None = None, dtype: torch.dtype = torch.float32, overwrite: bool = False,
+    with_optimizer: bool = False,
+) -> Path:  # fmt: skip
     """Write the bundle of a run's checkpoint (default: the newest) from its fp32 masters.
+
+    Args:
+        with_optimizer: its state too, float32, so that training can go on from the bundle with it.
 
     Raises:
         UserError: no such run or step, a damaged checkpoint, weights that `dtype` cannot hold, or `out` exists.
     """
-    # here, since programs that read bundles need neither checkpoints nor the data pipeline below them
-    from megakexue import checkpoint
-
     check_out(out, overwrite)
-    for name in ("config.yaml", "tokenizer.model"):
-        require((run / name).is_file(), f"{run} is no run folder: it has no {name}")
-    folders = checkpoint.step_folders(run / "checkpoints")
-    require(bool(folders), f"{run} has no checkpoint yet: train on, or lower checkpoint.every_steps")
-    if step is not None:
-        steps = [checkpoint.step_of(folder) for folder in folders]
-        require(step in steps, f"{run} has no checkpoint of step {step}: it has {sorted(steps)}")
-        folders = [folders[steps.index(step)]]
-    folder = folders[0]
-    try:
-        verify(folder, checkpoint.FORMAT)
-    except UserError as error:
-        raise UserError(f"{error}; or export an earlier checkpoint with --step") from error
-    trainer = read_json(folder / "trainer.json", "the trainer's state")
-    config = build(ModelConfig, trainer["config"]["model"], where=str(folder / "trainer.json"))
-    reader = checkpoint.Reader(folder)
+    source = RunCheckpoint(run, step)
+    names = parameter_names(source.config)
+    weights = ((name, source.tensor("master", name).to(dtype)) for name in names)
+    optimizer, state = (source.optimizer, source.state()) if with_optimizer else (None, ())
+    return write_bundle(
+        out, source.config, weights, source.tokenizer, source.lineage, overwrite=overwrite, optimizer=optimizer,
+        state=state,
+    )  # fmt: skip
 
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        for name in parameter_names(config):
-            size = shape(name, config)
-            whole = Segment(
-                name=name, role=axes(name).role, shape=size, start=0, stop=math.prod(size), flat=0, offset=0
-            )
-            yield name, reader.read("master", whole).view(size).to(dtype)
 
-    lineage = {
-        "from": "run", "run": str(run), "step": trainer["step"], "tokens": trainer["tokens"],
-        "init_from": OmegaConf.select(OmegaConf.load(run / "config.yaml"), "train.init_from"),
-        "source": trainer["source"], "megakexue": __version__,
-    }  # fmt: skip
-    return write_bundle(out, config, weights(), run / "tokenizer.model", lineage, overwrite=overwrite)
+class _Source:
+    """What a bundle and a run's checkpoint have in common: weights, and perhaps the optimizer's state, by name."""
+
+    config: ModelConfig
+    lineage: dict[str, Any]
+    tokenizer: Path
+    optimizer: dict[str, Any] | None
+    """What the state is of: `name` and `embedding` as in OptimConfig, and `n_updates`; None: there is none."""
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """Return a whole parameter (kind master) or a tensor of its optimizer state, as it is stored."""
+        raise NotImplementedError
+
+    def state_kinds(self, name: str) -> list[str]:
+        """The kinds of state of a parameter."""
+        return state_kinds(self.optimizer, name) if self.optimizer else []
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the optimizer's state, as `write_bundle` takes them."""
+        for name in parameter_names(self.config):
+            for kind in self.state_kinds(name):
+                yield f"{kind}/{name}", self.tensor(kind, name)
+
+
+def state_kinds(optimizer: dict[str, Any], name: str) -> list[str]:
+    """The kinds of state that a parameter has under such an optimizer."""
+    return list(state_dtypes(OptimConfig(name=optimizer["name"], embedding=optimizer["embedding"]), axes(name).role))
+
+
+class RunCheckpoint(_Source):
+    """The weights and the optimizer's state of a run's checkpoint (default: the newest), read by mmap.
+
+    Raises:
+        UserError: no such run or step, or a damaged checkpoint.
+    """
+
+    def __init__(self, run: Path, step: int | None = None) -> None:
+        # here, since programs that read bundles need neither checkpoints nor the data pipeline below them
+        from megakexue import checkpoint
+
+        for name in ("config.yaml", "tokenizer.model"):
+            require((run / name).is_file(), f"{run} is no run folder: it has no {name}")
+        folders = checkpoint.step_folders(run / "checkpoints")
+        require(bool(folders), f"{run} has no checkpoint yet: train on, or lower checkpoint.every_steps")
+        if step is not None:
+            steps = [checkpoint.step_of(folder) for folder in folders]
+            require(step in steps, f"{run} has no checkpoint of step {step}: it has {sorted(steps)}")
+            folders = [folders[steps.index(step)]]
+        folder = folders[0]
+        try:
+            verify(folder, checkpoint.FORMAT)
+        except UserError as error:
+            raise UserError(f"{error}; or export an earlier checkpoint with --step") from error
+        trainer = read_json(folder / "trainer.json", "the trainer's state")
+        self.config = build(ModelConfig, trainer["config"]["model"], where=str(folder / "trainer.json"))
+        self.tokenizer = run / "tokenizer.model"
+        optim = trainer["config"]["optim"]
+        self.optimizer = {"name": optim["name"], "embedding": optim["embedding"], "n_updates": trainer["n_updates"]}
+        self.lineage = {
+            "from": "run", "run": str(run), "step": trainer["step"], "tokens": trainer["tokens"],
+            "init_from": OmegaConf.select(OmegaConf.load(run / "config.yaml"), "train.init_from"),
+            "data": {"fingerprint": trainer["data"], **trainer["position"]},
+            "source": trainer["source"], "megakexue": __version__,
+        }  # fmt: skip
+        self._reader = checkpoint.Reader(folder)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        size = shape(name, self.config)
+        whole = Segment(name=name, role=axes(name).role, shape=size, start=0, stop=math.prod(size), flat=0, offset=0)
+        return self._reader.read(kind, whole).view(size)
+
+
+def open_source(path: Path, step: int | None = None) -> "RunCheckpoint | Bundle":
+    """Open a run's checkpoint or a bundle. Raises UserError: it is neither, or damaged."""
+    if is_bundle(path):
+        require(step is None, f"--step {step} has no effect: {path} is a bundle, which holds one step")
+        return Bundle(path)
+    require(
+        (path / "checkpoints").is_dir(),
+        f"{path} is neither a run nor a bundle: it has no checkpoints/ and no manifest.json",
+    )
+    return RunCheckpoint(path, step)
 
 
 def write_bundle(
@@ -91,56 +154,73 @@ def write_bundle(
     lineage: dict[str, Any],
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    optimizer: dict[str, Any] | None = None,
+    state: Iterable[tuple[str, Tensor]] = (),
 ) -> Path:
     """Write a bundle, tensor by tensor, into a temporary folder that is renamed when whole.
 
     Args:
         weights: every parameter of the resolved `config` once, in any order. They are asked for one by one, and
             `shard_bytes` of them are kept in memory.
-        lineage: YAML values that say where the weights come from.
+        lineage: YAML values that say where the weights come from; read when the weights are written.
+        optimizer, state: as `_Source` has them.
 
     Raises:
         UserError: `out` exists (with `overwrite`: and is no bundle), or a weight is not finite.
     """
     assert config.rope.context is not None and resolve(config, "adamw", config.rope.context) == config, "resolve first"
-    index: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    n_shards = total = 0
+    names = parameter_names(config)
     with _new_folder(out, overwrite) as folder:
-
-        def flush() -> None:
-            nonlocal n_shards
-            n_shards += 1
-            name = f"model-{n_shards:05d}.safetensors"
-            save_file(shard, folder / name)
-            index.update(dict.fromkeys(shard, name))
-            shard.clear()
-
-        for name, tensor in weights:
-            assert tuple(tensor.shape) == shape(name, config) and name not in index and name not in shard, name
-            require(
-                bool(tensor.isfinite().all()),
-                f"{name} has elements that are not finite in {str(tensor.dtype).removeprefix('torch.')}: choose a "
-                "wider dtype, or weights of an earlier step",
-            )
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
-                flush()
-            shard[name] = tensor.contiguous()
-            total += tensor.nbytes
-        flush()
-        assert index.keys() == set(parameter_names(config)), "the weights are not those of the config"
-        if n_shards == 1:
-            os.rename(folder / "model-00001.safetensors", folder / "model.safetensors")
-        else:
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        content = {"model": dataclasses.asdict(config), "lineage": lineage}
+        written = _write_tensors(folder, "model", config, weights, shard_bytes)
+        assert written == set(names), "the weights are not those of the config"
+        content: dict[str, Any] = {"model": dataclasses.asdict(config)}
+        if optimizer is not None:
+            written = _write_tensors(folder, "optimizer", config, state, shard_bytes)
+            assert written == {f"{kind}/{name}" for name in names for kind in state_kinds(optimizer, name)}
+            content["optimizer"] = optimizer
+        content["lineage"] = lineage
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
         manifest = {"format": FORMAT, "files": {path.name: _seal(path) for path in sorted(folder.iterdir())}}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _seal(folder / "manifest.json")
     return out
+
+
+def _write_tensors(
+    folder: Path, stem: str, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> set[str]:
+    """Write STEM.safetensors, or several files and their index; return the keys, kind/name or just a name."""
+    index: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    n_shards = total = 0
+
+    def flush() -> None:
+        nonlocal n_shards
+        n_shards += 1
+        name = f"{stem}-{n_shards:05d}.safetensors"
+        save_file(shard, folder / name)
+        index.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for key, tensor in tensors:
+        assert tuple(tensor.shape) == shape(key.split("/")[-1], config) and key not in index and key not in shard, key
+        require(
+            bool(tensor.isfinite().all()),
+            f"{key} has elements that are not finite in {str(tensor.dtype).removeprefix('torch.')}: choose a "
+            "wider dtype, or weights of an earlier step",
+        )
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        shard[key] = tensor.contiguous()
+        total += tensor.nbytes
+    flush()
+    if n_shards == 1:
+        os.rename(folder / f"{stem}-00001.safetensors", folder / f"{stem}.safetensors")
+    else:
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    return set(index)
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -220,8 +300,8 @@ def verify(folder: Path, format: int = FORMAT, *, check_hashes: bool = True) -> 
     return sorted(entries)
 
 
-class Bundle:
-    """An open bundle: `config`, `lineage`, `tokenizer` (a path), and weights read by mmap."""
+class Bundle(_Source):
+    """An open bundle: `config`, `lineage`, `optimizer`, `tokenizer` (a path), and tensors read by mmap."""
 
     def __init__(self, folder: str | Path, *, check_hashes: bool = True) -> None:
         """Verify and open; of many ranks one is enough for the hashes.
@@ -234,21 +314,22 @@ class Bundle:
         names = verify(self.folder, check_hashes=check_hashes)
         for name in ("config.yaml", "tokenizer.model"):
             require(name in names, f"{folder}: manifest.json does not name {name}: copy the folder again")
-        self.config, self.lineage = _read_config(self.folder / "config.yaml")
+        self.config, self.lineage, self.optimizer = _read_config(self.folder / "config.yaml")
         self.tokenizer = self.folder / "tokenizer.model"
         self._files: dict[str, Any] = {}
         for name in names:
-            if name.startswith("model") and name.endswith(".safetensors"):
+            if name.startswith(("model", "optimizer")) and name.endswith(".safetensors"):
                 self._open(self.folder / name)
         expected, found = set(parameter_names(self.config)), set(self._files)
+        expected |= {f"{kind}/{name}" for name in parameter_names(self.config) for kind in self.state_kinds(name)}
         require(
             expected == found,
             f"{folder}: the weights do not fit config.yaml: missing {sorted(expected - found)[:3]}, "
             f"unknown {sorted(found - expected)[:3]}",
         )
-        for name in expected:
-            got, want = tuple(self._files[name].get_slice(name).get_shape()), shape(name, self.config)
-            require(got == want, f"{folder}: {name} has shape {got} instead of the {want} of config.yaml")
+        for key in expected:
+            got, want = tuple(self._files[key].get_slice(key).get_shape()), shape(key.split("/")[-1], self.config)
+            require(got == want, f"{folder}: {key} has shape {got} instead of the {want} of config.yaml")
 
     def _open(self, path: Path) -> None:
         try:
@@ -270,21 +351,24 @@ class Bundle:
         return tokenizer
 
     def weight(self, name: str) -> Tensor:
-        """Return a parameter in the dtype it is stored in."""
+        """Return a parameter in the dtype that it is stored in."""
         return self._files[name].get_tensor(name)
 
+    def tensor(self, kind: str, name: str) -> Tensor:
+        return self.weight(name if kind == "master" else f"{kind}/{name}")
+
     def read(self, kind: str, segment: Segment) -> Tensor:
-        """Return a segment of a parameter, float32, reading only the rows that it touches."""
-        assert kind == "master"
-        rows = self._files[segment.name].get_slice(segment.name)
+        """Return a segment of a parameter or of its state, float32, reading only the rows that it touches."""
+        key = segment.name if kind == "master" else f"{kind}/{segment.name}"
+        rows = self._files[key].get_slice(key)
         width = segment.shape[1] if len(segment.shape) == 2 else 1
         first, last = segment.start // width, -(-segment.stop // width)
         low = segment.start - first * width
         return rows[first:last].reshape(-1)[low : low + segment.numel].float()
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the model section and the lineage of a bundle's config.yaml."""
+def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any] | None]:
+    """Return the model section, the lineage and the optimizer section of a bundle's config.yaml."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # YAML's and OmegaConf's own errors have no common class
@@ -293,4 +377,14 @@ def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         isinstance(values, dict) and {"model", "lineage"} <= values.keys(),
         f"{path} has no sections model and lineage: export the bundle again",
     )
-    return build(ModelConfig, values["model"], where=str(path)), values["lineage"]
+    optimizer = values.get("optimizer")
+    require(
+        optimizer is None
+        or (isinstance(optimizer, dict)
+            and {"name", "embedding", "n_updates"} == optimizer.keys()
+            and optimizer["name"] in ("tiger", "lion", "adamw")
+            and optimizer["embedding"] in (None, "lazy", "dense", "adamw")
+            and isinstance(optimizer["n_updates"], int)),
+        f"{path}: its section optimizer is not of the form that this version writes: export the bundle again",
+    )  # fmt: skip
+    return build(ModelConfig, values["model"], where=str(path)), values["lineage"], optimizer

@@ -146,7 +146,8 @@ def train(config: Config) -> None:
             origin = f"resumed from {folder}" + (f"; changed since: {', '.join(changes)}" if changes else "")
             saved: int | None = progress.step
         else:
-            origin, progress.init_bundle = _start_weights(engine, config)
+            origin, progress.init_bundle = _start_weights(engine, config, data)
+            progress.position = data.position
             changes, saved = [], None
         if changes or not progress.lineage or progress.lineage[-1]["source"] != source:
             start_ = {"step": progress.step, "changes": changes, "source": source}
@@ -393,8 +394,11 @@ def _tensors(batches: list[Batch]) -> dict[str, Tensor]:
     return {f"batch.{i}.{name}": getattr(batch, name) for i, batch in enumerate(batches) for name in fields}
 
 
-def _start_weights(engine: Engine, config: Config) -> tuple[str, str | None]:
-    """Fill the masters of a run that has no checkpoint; return where they come from, and the bundle's fingerprint."""
+def _start_weights(engine: Engine, config: Config, data: Batches) -> tuple[str, str | None]:
+    """Fill the masters of a run that has no checkpoint; return where they come from, and the bundle's fingerprint.
+
+    As the config says, the optimizer's state and the place in the data come from the bundle too.
+    """
     if config.train.init_from is None:
         engine.load_new(config.train.seed)
         return f"new weights from train.seed={config.train.seed}", None
@@ -405,8 +409,35 @@ def _start_weights(engine: Engine, config: Config) -> tuple[str, str | None]:
         f"data.tokenizer={config.data.tokenizer} is not the tokenizer of train.init_from={bundle.folder}, so its ids "
         f"mean other text: prepare the data with {bundle.tokenizer}",
     )
-    engine.load(bundle.read)
-    return f"weights of {bundle.folder}", _fingerprint(bundle)
+    origin, keeps = f"weights of {bundle.folder}", config.train.init_optimizer == "keep"
+    if keeps:
+        own = {"name": config.optim.name, "embedding": config.optim.embedding}
+        state = bundle.optimizer
+        require(
+            state is not None,
+            f"train.init_optimizer=keep: train.init_from={bundle.folder} has no state of an optimizer: write it with "
+            "--optimizer, or set train.init_optimizer=reset",
+        )
+        assert state is not None
+        is_adamw = [(x["name"], x["embedding"] == "adamw") for x in (state, own)]
+        require(
+            is_adamw[0] == is_adamw[1],
+            f"train.init_optimizer=keep: train.init_from={bundle.folder} has the state of optim.name={state['name']} "
+            f"with optim.embedding={state['embedding']}: use these, or set train.init_optimizer=reset",
+        )
+        engine.optimizer.n_updates = state["n_updates"]
+        origin += f", with the state of its {state['name']} after {state['n_updates']} updates"
+    engine.load(bundle.read, with_state=keeps)
+    if config.train.init_data == "continue":
+        place = bundle.lineage.get("data") or {}
+        require(
+            place.get("fingerprint") == data.fingerprint,
+            f"train.init_data=continue: train.init_from={bundle.folder} was trained on other rows, weights or order "
+            "than data.sources, so its place means nothing here: use its data, or set train.init_data=start",
+        )
+        data.seek(Position(epoch=place["epoch"], sample=place["sample"]))
+        origin += f", data from epoch {place['epoch']}, sample {place['sample']} on"
+    return origin, _fingerprint(bundle)
 
 
 def _check_init(bundle: Bundle, model: ModelConfig) -> None:
@@ -481,7 +512,7 @@ def _fingerprint(bundle: Bundle) -> str:
 
 HARMLESS = (
     "train.run", "train.stop_at_step", "train.accept_changes", "train.micro_batch_size", "train.seed",
-    "train.init_from", "engine.zero_stage", "engine.bucket_elements", "engine.timeout_s", "metrics.", "checkpoint.",
+    "train.init_", "engine.zero_stage", "engine.bucket_elements", "engine.timeout_s", "metrics.", "checkpoint.",
     "evaluate.", "data.", "model.attention.backend",
 )  # fmt: skip
 """Keys, or sections, that leave the run what it is: where and how it is computed, shown and kept. What they name (data,

@@ -25,6 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: fp32)")
+    parser.add_argument(
+        "--optimizer", action="store_true", help="add the optimizer's state, for train.init_optimizer=keep"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     return parser.parse_args()
 
@@ -39,7 +42,10 @@ def main() -> None:
     from megakexue.dist import DTYPES
     from megakexue.export import Bundle, export_run
 
-    export_run(args.run, args.out, step=args.step, dtype=DTYPES[args.dtype], overwrite=args.overwrite)
+    export_run(
+        args.run, args.out, step=args.step, dtype=DTYPES[args.dtype], overwrite=args.overwrite,
+        with_optimizer=args.optimizer,
+    )  # fmt: skip
     bundle = Bundle(args.out)
     n_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: step {bundle.lineage['step']}")
