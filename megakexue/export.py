@@ -123,8 +123,8 @@ class RunCheckpoint(_Source):
         self.lineage = {
             "from": "run", "run": str(run), "step": trainer["step"], "tokens": trainer["tokens"],
             "init_from": OmegaConf.select(OmegaConf.load(run / "config.yaml"), "train.init_from"),
-            "data": {"fingerprint": trainer["data"], **trainer["position"]},
-            "source": trainer["source"], "megakexue": __version__,
+            "source": trainer["source"], "data": {"fingerprint": trainer["data"], **trainer["position"]},
+            "megakexue": __version__,
         }  # fmt: skip
         self._reader = checkpoint.Reader(folder)
 

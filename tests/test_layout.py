@@ -13,7 +13,7 @@ LEVELS = [
     {"dist", "tokenizer", "rope", "optim", "guard", "metrics"},
     {"attention", "loss", "data", "prepare", "preemption"},
     {"model"},
-    {"engine", "describe"},
+    {"engine", "describe", "grow"},
     {"checkpoint"},
     {"export", "evaluate"},
     {"generate", "replay", "train"},

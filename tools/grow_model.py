@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     require(args.source.is_dir(), f"no folder {args.source}: name a run or a bundle")
     require(args.dry_run or args.out is not None, "--out is missing: name the bundle to write, or give --dry-run")
     require(

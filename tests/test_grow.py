@@ -1,0 +1,609 @@
+"""Growth: the same function from any config to any larger one, gradients by the dual map, and capacity that learns."""
+
+import dataclasses
+import math
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megakexue.config import AttentionConfig, MlaConfig, ModelConfig, OptimConfig, RopeConfig, UserError
+from megakexue.data import Batch, make_batch
+from megakexue.grow import Choices, Difference, Growth, grown_state, grown_weights
+from megakexue.model import Cache, Decoder, axes, parameter_names, resolve, shape
+from megakexue.optim import Optimizer, Segment
+from tests.conftest import Prepared
+
+Weights = dict[str, Tensor]
+BASE = 10000.0
+GQA: dict[str, Any] = dict(vocab_size=40, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, d_head=4, d_ff=10)
+MLA: dict[str, Any] = dict(
+    vocab_size=40, d_model=12, n_layers=2, n_heads=3, d_ff=10,
+    mla=MlaConfig(d_latent=6, d_query_latent=7, d_nope=3, d_rope=4, d_value=4),
+)  # fmt: skip
+
+
+def model(values: dict[str, Any], **changes: Any) -> ModelConfig:
+    values = {"rope": RopeConfig(base=BASE), "norm_eps": 1e-5} | values | changes
+    return resolve(ModelConfig(**values), "adamw", 32)
+
+
+def trained(config: ModelConfig, seed: int = 0) -> Weights:
+    """Weights that no initialiser makes: no gain is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name in parameter_names(config):
+        is_gain = axes(name).role == "gain"
+        x = torch.randn(shape(name, config), generator=generator, dtype=torch.float64)
+        weights[name] = x * 0.3 + 1 if is_gain else x * 1.2 / math.sqrt(x.shape[1])
+    return weights
+
+
+def build(config: ModelConfig, weights: Callable[[str], Tensor], dtype: torch.dtype = torch.float64) -> Decoder:
+    decoder = Decoder(config, "reference").to(dtype)
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            p.copy_(weights(name))
+    return decoder
+
+
+def grown(growth: Growth, weights: Weights, dtype: torch.dtype = torch.float64) -> Decoder:
+    return build(growth.new, lambda name: growth.weight(name, weights.__getitem__, torch.float64), dtype)
+
+
+def packed(vocab_size: int, seed: int = 0) -> Batch:
+    """Two rows of 24 tokens, the first of three documents."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(2, vocab_size, (2, 25), generator=generator)
+    rows[:, 0] = rows[0, 9] = rows[0, 15] = 1
+    return make_batch(rows.numpy(), [], bos_id=1, pad_id=0)
+
+
+@torch.no_grad()
+def logits_of(decoder: Decoder, batch: Batch) -> Tensor:
+    return decoder(batch.tokens, batch.positions, batch.cu_seqlens)
+
+
+@torch.no_grad()
+def decoded(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """The logits of rows that are fed as 5 tokens, then one by one."""
+    caches = [Cache() for _ in range(decoder.config.n_layers)]
+    parts = []
+    for start, stop in [(0, 5)] + [(i, i + 1) for i in range(5, 10)]:
+        positions = torch.arange(start, stop).expand(len(tokens), -1)
+        parts.append(decoder(tokens[:, start:stop], positions, caches=caches, n_positions=stop))
+    return torch.cat(parts, dim=1)
+
+
+def tied_logit_scale(old: ModelConfig, new: ModelConfig) -> ModelConfig:
+    """The target with the scale that tied logits need: what the tool's message asks for."""
+    assert old.logit_scale and old.embed_scale and new.embed_scale
+    scale = old.logit_scale * new.embed_scale / (old.embed_scale * new.d_model / old.d_model)
+    return dataclasses.replace(new, logit_scale=scale) if new.tie_embeddings else new
+
+
+def random_pair(r: random.Random) -> tuple[ModelConfig, ModelConfig]:
+    """Any config, and another that is larger in some of its axes."""
+
+    def up(x: int, step: int = 1) -> int:
+        return x if r.random() < 0.25 else max(x, round(x * r.uniform(1, 2.2) / step) * step)
+
+    residual = r.choice(["deepnorm", "prenorm"])
+    # DeepNorm's identity blocks are exact but for eps, which is tested by itself
+    common: dict[str, Any] = dict(
+        residual=residual, norm_eps=r.choice([1e-30, 1e-5]) if residual == "prenorm" else 1e-30
+    )
+    scale = r.choice(["log_n", "constant", "log_n_clipped", "gradient_max"])
+    is_tied = r.random() < 0.5
+    a: dict[str, Any] = dict(vocab_size=r.choice([31, 50]), d_model=r.choice([8, 12, 20]), n_layers=r.choice([1, 2, 3]),
+                             d_ff=r.choice([10, 16]), tie_embeddings=is_tied)  # fmt: skip
+    b: dict[str, Any] = dict(vocab_size=up(a["vocab_size"]), d_model=up(a["d_model"]), d_ff=up(a["d_ff"], 2),
+                             n_layers=a["n_layers"] + r.choice([0, 0, 1, 2]),
+                             tie_embeddings=is_tied and r.random() < 0.7)  # fmt: skip
+    if r.random() < 0.5:
+        widths = dict(d_latent=r.choice([6, 10]), d_query_latent=r.choice([None, 7]), d_nope=r.choice([3, 4]),
+                      d_rope=r.choice([2, 4]), d_value=r.choice([4, 6]))  # fmt: skip
+        a |= dict(n_heads=r.choice([1, 2, 3]), mla=MlaConfig(**widths))
+        wider: dict[str, Any] = {k: w and up(w, 2 if k == "d_value" else 1) for k, w in widths.items()}
+        b |= dict(n_heads=up(a["n_heads"]), mla=MlaConfig(**wider | {"d_rope": a["mla"].d_rope * r.choice([1, 2, 3])}))
+        common["attention"] = AttentionConfig(scale=scale)
+    else:
+        groups, slots, width, fraction = r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([4, 8]), r.choice([1, 0.5])
+        a |= dict(n_heads=groups * slots, n_kv_heads=groups, d_head=width)
+        new_groups, new_slots = groups + r.choice([0, 1, 3]), slots + r.choice([0, 1])
+        if r.random() < 0.2:  # from shared to own keys and values
+            new_groups, new_slots = groups * slots, 1
+        b |= dict(n_heads=new_groups * new_slots, n_kv_heads=new_groups, d_head=width * r.choice([1, 1, 2]))
+        common["attention"] = AttentionConfig(scale=scale, similarity=r.choice(["dot", "key_norm"]))
+        common["rope"] = RopeConfig(base=BASE, fraction=fraction)
+    old, new = model(a, **common), model(b, **common)
+    return old, tied_logit_scale(old, new)
+
+
+def random_choices(r: random.Random, seed: int) -> Choices:
+    return Choices(width=r.choice(["pad", "copy"]), units=r.choice(["fresh", "copy"]), noise=r.choice([0.0, 1.0]),
+                   depth=r.choice(["pair", "zero"]), seed=seed)  # fmt: skip
+
+
+@pytest.mark.parametrize("first", range(0, 200, 20))
+def test_any_config_grows_into_any_larger_one_without_changing_the_function(first: int) -> None:
+    for seed in range(first, first + 20):
+        r = random.Random(seed)
+        old, new = random_pair(r)
+        choices = random_choices(r, seed)
+        try:
+            growth = Growth(old, new, choices)
+        except UserError as error:  # the one combination of choices that can be refused
+            assert "without a reader" in str(error)
+            growth = Growth(old, new, dataclasses.replace(choices, noise=1.0))
+        weights, batch = trained(old, seed), packed(old.vocab_size, seed)
+        before, after = build(old, weights.__getitem__), grown(growth, weights)
+        n = old.vocab_size
+        a, b = logits_of(before, batch), logits_of(after, batch)
+        size = max(1.0, float(a.std()))
+        assert float((a - b[..., :n]).abs().max()) <= 1e-11 * size, (seed, old, new, choices)
+        # latents that are multiplied in another order: absorbed = plain holds to 1e-10
+        tokens = batch.tokens[:, :10]
+        assert float((decoded(before, tokens) - decoded(after, tokens)[..., :n]).abs().max()) <= 1e-10 * size, seed
+        a32, b32 = (logits_of(decoder.float(), batch) for decoder in (before, after))
+        assert float((a32 - b32[..., :n]).abs().max()) <= 1e-4 * float(a.std()), seed
+
+
+@pytest.mark.parametrize("values", [GQA, MLA], ids=["gqa", "mla"])
+@pytest.mark.parametrize("residual", ["deepnorm", "prenorm"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_has_a_growth_of_the_right_shape(values: dict[str, Any], residual: str, tied: bool) -> None:
+    old = model(values, residual=residual, tie_embeddings=tied)
+    new = tied_logit_scale(old, model(values, residual=residual, tie_embeddings=tied, d_model=18, d_ff=14, n_layers=3))
+    growth, weights = Growth(old, new, Choices()), trained(old)
+    parameters = dict(Decoder(new, "reference").named_parameters())
+    assert parameters.keys() == set(parameter_names(new))
+    for name, p in parameters.items():
+        assert growth.weight(name, weights.__getitem__).shape == p.shape
+        for kind in ("momentum", "exp_avg_sq"):
+            assert growth.state(name, kind, weights.__getitem__).shape == p.shape
+
+
+@pytest.mark.parametrize("how", ["pad", "copy"])
+@pytest.mark.parametrize("new_size", [13, 18, 24, 31])
+def test_a_normed_axis_is_an_isometry_with_a_left_inverse(how: Any, new_size: int) -> None:
+    growth = Growth(model(GQA), model(GQA, d_model=new_size), Choices(width=how))
+    m = growth.maps["m"]
+    u, v = torch.zeros(new_size, 12, dtype=torch.float64), torch.zeros(12, new_size, dtype=torch.float64)
+    u[torch.arange(new_size), m.index] = m.write
+    v[m.index, torch.arange(new_size)] = m.read
+    eye = torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(u.T @ u, eye * new_size / 12, atol=1e-14, rtol=0)
+    torch.testing.assert_close(v @ u, eye, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["pad", "copy"])
+@pytest.mark.parametrize("new_size", [512, 600])
+def test_readers_get_the_rms_of_a_new_matrix(how: Any, new_size: int) -> None:
+    old = model(GQA, d_model=400, d_ff=300, d_head=4)
+    growth = Growth(old, model(GQA, d_model=new_size, d_ff=300, d_head=4), Choices(width=how))
+    weights = trained(old)
+    for name in ("blocks.0.feed_forward.w_up", "blocks.1.attention.wq", "head.weight"):
+        before, after = (
+            float(x.square().mean().sqrt()) for x in (weights[name], growth.weight(name, weights.__getitem__))
+        )
+        # 16 rows of 200 random numbers at least: 2 % each way are three deviations
+        assert after == pytest.approx(before * math.sqrt(400 / new_size), rel=0.02), name
+
+
+def test_random_numbers_depend_on_seed_name_and_shapes() -> None:
+    old, middle = model(GQA), model(GQA, d_model=20)
+    weights = trained(old)
+    name = "blocks.0.feed_forward.w_up"
+
+    def noise(growth: Growth, name: str = name) -> Tensor:
+        return growth.weight(name, weights.__getitem__, torch.float64)[:, 12:]
+
+    first = noise(Growth(old, middle, Choices()))
+    assert torch.equal(first, noise(Growth(old, middle, Choices())))
+    for other in (
+        noise(Growth(old, middle, Choices(seed=1))), noise(Growth(old, middle, Choices()), name.replace("0", "1")),
+        noise(Growth(old, model(GQA, d_model=21), Choices()))[:, :8],
+    ):  # fmt: skip
+        assert abs(float(functional.cosine_similarity(first.flatten(), other.flatten(), dim=0))) < 0.5
+
+
+@pytest.mark.parametrize("values", [GQA, MLA], ids=["gqa", "mla"])
+def test_growth_in_two_hops_is_exact_too(values: dict[str, Any]) -> None:
+    old, middle, new = (
+        model(values, norm_eps=1e-30, **sizes)
+        for sizes in ({}, dict(d_model=17, n_layers=3, d_ff=12), dict(d_model=25, n_layers=5, d_ff=20, n_heads=8))
+    )  # fmt: skip
+    weights, batch = trained(old), packed(40)
+    first = Growth(old, middle, Choices())
+    halfway = {name: first.weight(name, weights.__getitem__, torch.float64) for name in parameter_names(middle)}
+    second = Growth(middle, new, Choices(width="copy", units="copy"))
+    a, b = logits_of(build(old, weights.__getitem__), batch), logits_of(grown(second, halfway), batch)
+    assert float((a - b).abs().max()) < 1e-11
+
+
+# --- the optimizer's state -------------------------------------------------------------------------------------------
+
+
+def gradients_of(decoder: Decoder, batch: Batch) -> Weights:
+    decoder.zero_grad()
+    logits = decoder(batch.tokens, batch.positions, batch.cu_seqlens)
+    functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
+    return {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+
+
+def is_known(growth: Growth, name: str) -> Tensor:
+    """Which elements of a gradient the old one says something about."""
+    ones = {n: torch.ones(shape(n, growth.old), dtype=torch.float64) for n in parameter_names(growth.old)}
+    return growth.state(name, "momentum", ones.__getitem__) != 0
+
+
+WHOLE_GROUPS = [
+    (GQA, dict(d_model=24, n_heads=8, n_kv_heads=4, d_ff=20)),
+    (GQA, dict(d_model=18, n_heads=6, n_kv_heads=3, d_ff=15)),
+    (GQA, dict(d_model=18, tie_embeddings=True, d_ff=11)),
+    (GQA, dict(d_head=8, n_heads=8, n_kv_heads=2)),
+    (
+        MLA,
+        dict(
+            d_model=18, n_heads=5, d_ff=13, mla=MlaConfig(d_latent=9, d_query_latent=8, d_nope=5, d_rope=8, d_value=6)
+        ),
+    ),
+    (MLA, dict(d_model=24, n_heads=6, residual="prenorm", tie_embeddings=True)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WHOLE_GROUPS)))
+@pytest.mark.parametrize(
+    "choices", [Choices(), Choices(width="copy", units="copy", noise=0.0)], ids=["default", "copy"]
+)
+def test_momentum_is_mapped_as_the_gradient_is(case: int, choices: Choices) -> None:
+    values, changes = WHOLE_GROUPS[case]
+    same = {key: changes[key] for key in ("residual", "tie_embeddings") if key in changes}
+    old = model(values, **same)
+    growth = Growth(old, tied_logit_scale(old, model(values, **changes)), choices)
+    weights, batch = trained(old), packed(40)
+    before = gradients_of(build(old, weights.__getitem__), batch)
+    after = gradients_of(grown(growth, weights), batch)
+    n_known = 0
+    for name, gradient in after.items():
+        known, mapped = is_known(growth, name), growth.state(name, "momentum", before.__getitem__, torch.float64)
+        worst = float((mapped - gradient)[known].abs().max()) if known.any() else 0.0
+        assert worst <= 1e-12 * float(gradient.abs().max()), name
+        assert not mapped[~known].any()
+        n_known += int(known.sum())
+    assert n_known >= sum(g.numel() for g in before.values())
+
+
+def test_second_moments_are_squares_and_never_zero() -> None:
+    old = model(GQA)
+    growth = Growth(old, model(GQA, d_model=18, n_heads=8, n_kv_heads=4, d_ff=16, n_layers=3, vocab_size=44), Choices())
+    first = trained(old)
+    second = {name: x.square() for name, x in first.items()}
+    for name in parameter_names(growth.new):
+        m, v = (growth.state(name, kind, s.__getitem__, torch.float64)
+                for kind, s in (("exp_avg", first), ("exp_avg_sq", second)))  # fmt: skip
+        known = is_known(growth, name)
+        torch.testing.assert_close(v[known], m.square()[known], rtol=1e-12, atol=0)
+        assert bool((v > 0).all()), name
+        if known.any() and not known.all():  # what nothing is known of has the mean of what is
+            assert float(v[~known].std(correction=0)) < 1e-12
+            assert float(v[~known][0]) == pytest.approx(float(v[known].mean()), rel=1e-9)
+
+
+def test_state_comes_by_kind_and_name() -> None:
+    old = model(GQA)
+    growth, weights = Growth(old, model(GQA, d_model=18), Choices()), trained(old)
+    state = dict(grown_state(growth, lambda name: ["momentum"], lambda kind, name: weights[name]))
+    assert state.keys() == {f"momentum/{name}" for name in parameter_names(growth.new)}
+    assert all(x.dtype == torch.float32 for x in state.values())
+
+
+# --- what becomes of new capacity ------------------------------------------------------------------------------------
+
+
+def train(decoder: Decoder, state: Weights, rows: list[Batch], lr: float) -> None:
+    """Train with Tiger in float64, one batch a step, from the given momentum."""
+    config = OptimConfig(lr=lr, weight_decay=0.0, embedding="dense").resolved(False)
+    parameters = dict(decoder.named_parameters())
+    segments = [
+        Segment(name=n, role=axes(n).role, shape=tuple(p.shape), start=0, stop=p.numel(), flat=i, offset=0)
+        for i, (n, p) in enumerate(parameters.items())
+    ]
+    masters = [p.detach().view(-1) for p in parameters.values()]
+    optimizer = Optimizer(config, segments, masters, list(parameters), [])
+    for segment, own in zip(segments, optimizer.state):
+        own["momentum"].copy_(state[segment.name].view(-1))
+    for batch in rows:
+        gradients = [g.view(-1) for g in gradients_of(decoder, batch).values()]
+        sums = optimizer.gradient_sums(gradients)
+        one = torch.ones((), dtype=torch.float64)
+        optimizer.step(gradients, optimizer.weight_sums(), sums, lr=lr, factor=one)
+
+
+@pytest.fixture(scope="module")
+def text(prepared: Prepared) -> list[Batch]:
+    """200 steps of 4 short rows of real text, as bytes of the pieces' ids modulo 40."""
+    from megakexue.config import DataConfig, SourceConfig
+    from megakexue.data import Batches
+
+    data = DataConfig(sources=[SourceConfig(path=str(prepared.data))], tokenizer=str(prepared.tokenizer),
+                      seq_len=prepared.seq_len)  # fmt: skip
+    batches = Batches(data, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, local_rank=0,
+                      local_world_size=1, cache=prepared.data)  # fmt: skip
+    rows = [batches.next_step()[0].tokens[:, :25] for _ in range(200)]
+    batches.close()
+    return [make_batch((row % 38 + 2).numpy(), [], bos_id=1, pad_id=0) for row in rows]
+
+
+BIGGER = dict(d_model=24, n_heads=8, n_kv_heads=4, d_ff=20)
+
+
+def grown_and_trained(choices: Choices, rows: list[Batch], lr: float = 3e-3) -> tuple[Growth, Decoder, Decoder]:
+    """A small model that is trained a little, and then it and its growth on the same rows."""
+    old, new = model(GQA), model(GQA, **BIGGER)
+    small = build(old, trained(old).__getitem__)
+    zeros = {name: torch.zeros(shape(name, old), dtype=torch.float64) for name in parameter_names(old)}
+    train(small, zeros, rows[:10], lr)
+    weights = {name: p.detach().clone() for name, p in small.named_parameters()}
+    momentum = gradients_of(small, rows[10])
+    growth = Growth(old, new, choices)
+    big = grown(growth, weights)
+    state = {name: growth.state(name, "momentum", momentum.__getitem__, torch.float64) for name in parameter_names(new)}
+    train(small, momentum, rows[10:], lr)
+    train(big, state, rows[10:], lr)
+    return growth, small, big
+
+
+def used(growth: Growth, decoder: Decoder) -> tuple[float, float]:
+    return growth.outside(lambda name: dict(decoder.named_parameters())[name].detach())
+
+
+def test_plain_copies_stay_locked_under_tiger(text: list[Batch]) -> None:
+    growth, small, big = grown_and_trained(Choices(width="copy", units="copy", noise=0.0), text[:34])
+    # four times the parameters, and after 24 steps still the small model, to rounding
+    assert float((logits_of(small, text[0]) - logits_of(big, text[0])).abs().max()) < 1e-9
+    assert used(growth, big) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "choices", [Choices(), Choices(width="copy", units="copy")], ids=["default", "copy with noise"]
+)
+def test_new_capacity_is_used_after_200_steps(choices: Choices, text: list[Batch]) -> None:
+    growth, small, big = grown_and_trained(choices, text, lr=1e-2)
+    at_start = used(growth, grown(growth, trained(growth.old)))
+    assert at_start[0] == pytest.approx(0.5, abs=0.05)
+    # fresh units write what the old ones did, to the old channels; noise reaches all channels of copied units
+    assert (at_start[1] < 1e-20) == (choices.units == "fresh")
+    reads, writes = used(growth, big)
+    assert reads > 0.15 and writes > 0.1, (reads, writes)
+    losses = [float(functional.cross_entropy(logits_of(m, b).flatten(0, 1), b.targets.flatten()))
+              for m in (small, big) for b in text[-1:]]  # fmt: skip
+    assert losses[1] < losses[0]
+
+
+# --- depth, vocabulary, refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [GQA, MLA], ids=["gqa", "mla"])
+@pytest.mark.parametrize("depth", ["pair", "zero"])
+@pytest.mark.parametrize("residual", ["deepnorm", "prenorm"])
+def test_new_blocks_add_nothing_and_can_learn(values: dict[str, Any], depth: Any, residual: str) -> None:
+    old = model(values, residual=residual, norm_eps=1e-6)
+    growth = Growth(old, model(values, residual=residual, norm_eps=1e-6, n_layers=5), Choices(depth=depth))
+    weights, batch = trained(old), packed(40)
+    big = grown(growth, weights)
+    a, b = logits_of(build(old, weights.__getitem__), batch), logits_of(big, batch)
+    difference = float((a - b).abs().max() / a.std())
+    assert difference <= growth.epsilon + 1e-11
+    # with DeepNorm eps is felt, and nothing else
+    assert (growth.epsilon == 0) == (residual == "prenorm") and (residual == "prenorm" or difference > 1e-9)
+    new = [i for i, layer in enumerate(growth.layers) if layer.old is None]
+    assert new == [1, 3, 4]
+    for i in new:
+        last = [big.get_parameter(f"blocks.{i}.{name}") for name in ("attention.wo", "feed_forward.w_down")]
+        assert all(bool((w != 0).any()) == (depth == "pair") for w in last)
+    gradients = gradients_of(big, batch)
+    assert all(bool(gradients[f"blocks.{i}.feed_forward.w_down"].any()) for i in new)
+
+
+def test_stacked_blocks_are_copies_and_said_to_be_lossy() -> None:
+    old = model(GQA)
+    growth, weights = Growth(old, model(GQA, n_layers=4), Choices(depth="stack")), trained(old)
+    assert not growth.is_lossless and any("THIS CHANGES THE FUNCTION" in line for line in growth.plan())
+    for i in range(4):
+        for name in ("attention.wq", "feed_forward.w_down", "feed_forward_norm.gain"):
+            own = growth.weight(f"blocks.{i}.{name}", weights.__getitem__, torch.float64)
+            scale = growth._scale(f"blocks.{i}.{name}")  # alpha is made up for
+            torch.testing.assert_close(own, weights[f"blocks.{i % 2}.{name}"] * scale)
+
+
+def test_new_rows_of_the_vocabulary_are_near_the_mean_and_cost_what_they_must() -> None:
+    old = model(GQA, d_model=32)
+    growth, weights = Growth(old, model(GQA, d_model=32, vocab_size=52), Choices()), trained(old)
+    batch = packed(40)
+    a, b = logits_of(build(old, weights.__getitem__), batch), logits_of(grown(growth, weights), batch)
+    assert float((a - b[..., :40]).abs().max()) < 1e-11
+    loss = [float(functional.cross_entropy(x.flatten(0, 1), batch.targets.flatten())) for x in (a, b)]
+    assert 0 < loss[1] - loss[0] < math.log(1 + 12 / 40) + 0.05
+    rows = growth.weight("embedding.weight", weights.__getitem__, torch.float64)[40:]
+    away = (rows - weights["embedding.weight"].mean(0)) / weights["embedding.weight"].std(0, correction=0)
+    assert float(away.square().mean().sqrt()) == pytest.approx(0.1, rel=0.15)
+
+
+REFUSALS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, dict[str, Any]]] = [
+    # old, changes, choices, message, the remedy that the message names
+    (GQA, dict(d_ff=8), {}, "model.d_ff=8 is below that of the weights: set model.d_ff=10 or more", dict(d_ff=10)),
+    (GQA, dict(n_layers=1), {}, "model.n_layers=1 is below", dict(n_layers=2)),
+    (GQA, dict(d_head=2), {}, "model.d_head=2 is below that of the weights: set model.d_head=4", dict(d_head=4)),
+    (
+        MLA,
+        dict(mla=MlaConfig(d_latent=5, d_query_latent=7, d_nope=3, d_rope=4, d_value=4)),
+        {},
+        "model.mla.d_latent=5 is below that of the weights: set model.mla.d_latent=6 or more",
+        dict(mla=MLA["mla"]),
+    ),
+    (
+        MLA,
+        dict(mla=MlaConfig(d_latent=6, d_nope=3, d_rope=4, d_value=4)),
+        {},
+        "model.mla.d_query_latent=None: a latent can be widened, not put in or taken out, and that of the weights is "
+        "7: set model.mla.d_query_latent=7",
+        dict(mla=MLA["mla"]),
+    ),
+    (GQA, dict(n_heads=3, n_kv_heads=None, d_head=None, mla=MLA["mla"]), {}, "model.mla: .* keep the kind", {}),
+    (
+        GQA,
+        dict(norm_eps=1e-6),
+        {},
+        "model.norm_eps=1e-06 changes what the weights compute, which have 1e-05: set model.norm_eps=1e-05",
+        dict(norm_eps=1e-5),
+    ),
+    (GQA, dict(residual="prenorm"), {}, "model.residual=prenorm .* set model.residual=deepnorm", {}),
+    (GQA, dict(attention=AttentionConfig(scale="constant")), {}, "set model.attention.scale=log_n", {}),
+    (GQA, dict(gain_centre=0.5), {}, "set model.gain_centre=1.0", {}),
+    (GQA, dict(tie_embeddings=True), {}, "embedding and head of the weights are two matrices", {}),
+    (
+        GQA | dict(tie_embeddings=True),
+        dict(logit_scale=0.2),
+        {},
+        r"set model.logit_scale=0\.\d{8,}",
+        dict(logit_scale=None),
+    ),
+    (GQA, dict(rope=RopeConfig(base=20000)), {}, "set model.rope.base=10000.0, that of the weights", {}),
+    (
+        GQA,
+        dict(d_head=6),
+        {},
+        r"no other can stand for them: set model.rope.base=1000000.\d* \(base\^1.5\), or model.rope"
+        r".fraction=0.666667",
+        dict(rope=RopeConfig(base=10000.0**1.5), d_head=6),
+    ),
+    (
+        GQA,
+        dict(d_head=8, rope=RopeConfig(base=77)),
+        {},
+        r"set model.rope.base=10000\d+.0 \(base\^2\), or 10000.0, that of",
+        dict(rope=RopeConfig(base=BASE), d_head=8),
+    ),
+    (
+        GQA,
+        dict(d_head=8, rope=RopeConfig(base=BASE, fraction=0.25)),
+        {},
+        "rotates 2 dimensions of a head of 8, fewer than the 4 of the weights: set model.rope.fraction=0.5",
+        dict(d_head=8, rope=RopeConfig(base=BASE, fraction=0.5)),
+    ),
+    (GQA | dict(attention=AttentionConfig(similarity="cosine")), dict(d_head=8), {}, "set model.d_head=4 and grow", {}),
+    (
+        GQA | dict(n_heads=8),
+        dict(n_heads=9, n_kv_heads=3),
+        {},
+        "serves 4 query heads, and groups of 3 would need 4 of them: set model.n_kv_heads=9",
+        dict(n_heads=9, n_kv_heads=9),
+    ),
+    (
+        GQA,
+        dict(n_layers=3, d_ff=11),
+        {},
+        "model.d_ff=11 must be even, since new blocks are pairs: or --depth zero",
+        dict(n_layers=3, d_ff=12),
+    ),
+    (
+        GQA,
+        dict(d_model=18),
+        dict(noise=0.0),
+        "--noise 0 leaves the new channels of model.d_model=18 without a reader",
+        {},
+    ),
+    (
+        MLA,
+        dict(mla=dataclasses.replace(MLA["mla"], d_latent=9)),
+        dict(noise=0.0),
+        "new channels of model.mla.d_latent=9",
+        {},
+    ),
+    (GQA, {}, dict(noise=-1.0), "--noise -1.0 must not be negative", {}),
+    (GQA, {}, dict(seed=-1), "--seed -1 must not be negative", {}),
+]
+
+
+def test_key_value_heads_are_kept_over_their_query_heads() -> None:
+    """From h/g to h'/g' where old heads keep their group: uneven copies, fresh groups, groups of their own."""
+    old = model(GQA, n_heads=6)
+    for n_heads, groups, heads_of in (
+        (9, 3, [[0, 1, 2], [3, 4, 5], [-1] * 3]), (8, 4, [[0, 1], [3, 4], [2, -1], [5, -1]]),
+        (6, 6, [[0], [3], [1], [4], [2], [5]]), (8, 2, [[0, 1, 2, -1], [3, 4, 5, -1]]),
+    ):  # fmt: skip
+        growth = Growth(old, model(GQA, n_heads=n_heads, n_kv_heads=groups), Choices())
+        index = growth.maps["h"].index.where(~growth.maps["h"].fresh, -1).view(groups, -1)
+        assert index.tolist() == heads_of
+        for own, heads in zip(growth.maps["g"].index.tolist(), heads_of):
+            assert all(head < 0 or head // 3 == own for head in heads)
+
+
+@pytest.mark.parametrize("case", range(len(REFUSALS)))
+def test_what_cannot_be_reached_is_refused_with_what_can(case: int) -> None:
+    values, changes, choices, message, remedy = REFUSALS[case]
+    old, new = model(values), model(values, **changes)
+    with pytest.raises(UserError, match=message):
+        Growth(old, new, Choices(**choices))
+    if remedy:
+        growth, weights, batch = Growth(old, model(values, **remedy), Choices()), trained(old), packed(40)
+        a, b = logits_of(build(old, weights.__getitem__), batch), logits_of(grown(growth, weights), batch)
+        assert float((a - b).abs().max()) < (1e-6 + growth.epsilon) * float(a.std())
+
+
+def test_the_logit_scale_that_a_message_names_is_the_one() -> None:
+    old = model(GQA, tie_embeddings=True)
+    with pytest.raises(UserError) as error:
+        Growth(old, model(GQA, tie_embeddings=True, d_model=18, vocab_size=60), Choices())
+    found = re.search(r"set model.logit_scale=(\S+)$", str(error.value))
+    assert found
+    Growth(old, model(GQA, tie_embeddings=True, d_model=18, vocab_size=60, logit_scale=float(found[1])), Choices())
+
+
+# --- weights and their proof in one pass -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [GQA, MLA], ids=["gqa", "mla"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("residual", ["deepnorm", "prenorm"])
+def test_the_function_is_compared_while_the_weights_are_made(
+    values: dict[str, Any], tied: bool, residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megakexue.grow.CHUNK", 100)  # several chunks a matrix
+    old = model(values, tie_embeddings=tied, residual=residual)
+    new = tied_logit_scale(
+        old, model(values, tie_embeddings=tied, residual=residual, d_model=18, n_layers=3, vocab_size=47)
+    )
+    growth, weights, batch = Growth(old, new, Choices()), trained(old), packed(40)
+    weights = {name: w.float() for name, w in weights.items()}
+    reports: list[list[Difference]] = []
+    made = dict(grown_weights(growth, weights.__getitem__, batch, reports.append))
+    assert made.keys() == set(parameter_names(new)) and all(w.dtype == torch.float32 for w in made.values())
+    (differences,) = reports
+    assert [d.dtype for d in differences] == ["float64", "float32"] and all(d.is_small for d in differences)
+    for dtype, d in zip((torch.float64, torch.float32), differences):
+        a = logits_of(build(old, weights.__getitem__, dtype), batch)
+        b = logits_of(grown(growth, weights) if dtype == torch.float64 else build(new, made.__getitem__, dtype), batch)
+        # float64 from the same rounding to 1e-11; what float32 loses depends on how products are cut
+        assert d.largest == pytest.approx(
+            float((a - b[..., :40]).abs().max()), abs=1e-11 if d.dtype == "float64" else 1e-4
+        )
+        assert d.deviation == pytest.approx(float(a.std()), rel=1e-5)
+        loss = functional.cross_entropy(a.flatten(0, 1), batch.targets.flatten())
+        assert d.losses[0] == pytest.approx(float(loss), rel=1e-5)
+
+    # a map that is not exact is seen
+    m = growth.maps["m"]
+    growth.maps["m"] = dataclasses.replace(m, read=m.read * (1 + 1e-6))
+    list(grown_weights(growth, weights.__getitem__, batch, reports.append))
+    assert not reports[1][0].is_small or growth.epsilon > 0
+    growth.maps["m"] = dataclasses.replace(m, read=m.read * math.nan)
+    list(grown_weights(growth, weights.__getitem__, batch, reports.append))
+    assert not any(d.is_small for d in reports[2])
