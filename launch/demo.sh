@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job end to end, as its user would type it: text -> tokenizer -> shards -> training on two ranks that stops
-# and resumes -> bundle -> text. Everything is written under runs/demo. Arguments: files, folders or globs of text;
+# and resumes -> growth, and training on -> bundle -> text. Everything is written under runs/demo. Arguments: files, folders or globs of text;
 # none: the sources and documentation that come with Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,25 +23,29 @@ step "2. shards of tokens"
 run tools/prepare_data.py "$@" --tokenizer $demo/tokenizer.model --seq-len 256 --valid-fraction 0.05 --out $demo/data
 
 train() {
-    DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} run deepspeed --num_accelerators 2 launch/train.py configs/tiny_gqa.yaml \
-        train.run=$demo/run train.steps=240 metrics.every_steps=10 evaluate.every_steps=80 evaluate.n_rows=1000 "$@" 2>&1 |
-        grep --line-buffered -v '\[INFO\]\|\[WARNING\]'
+    DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} run deepspeed --num_accelerators 2 launch/train.py "$@" \
+        metrics.every_steps=10 evaluate.n_rows=1000 2>&1 | grep --line-buffered -v '\[INFO\]\|\[WARNING\]'
 }
+small=(configs/tiny_gqa.yaml train.run=$demo/run train.steps=240 evaluate.every_steps=80)
 
 step "3. training on two ranks under ZeRO-1, which stops itself halfway"
-train train.stop_at_step=120
+train "${small[@]}" train.stop_at_step=120
 
 step "4. the same command again: it goes on where it stopped"
-train
+train "${small[@]}"
 
-step "5. a bundle of the weights"
-run tools/export_model.py $demo/run --out $demo/bundle
+step "5. growth: 2.3 times the parameters, the same function; training goes on with the rows that follow"
+run tools/grow_model.py $demo/run --config configs/tiny_grown.yaml --out $demo/grown
+train configs/tiny_grown.yaml train.run=$demo/grown_run train.steps=80 evaluate.every_steps=80 optim.lr=1e-2
 
-step "6. text from the bundle"
+step "6. a bundle of the weights"
+run tools/export_model.py $demo/grown_run --out $demo/bundle
+
+step "7. text from the bundle"
 run tools/generate.py $demo/bundle --prompt 'def ' --n-tokens 80 --seed 1
 run tools/generate.py $demo/bundle --prompt 'The ' --n-tokens 60 --temperature 0.6 --seed 2
 
-step "7. report"
+step "8. report"
 entropy=$(python -c "import json; print(json.load(open('$demo/data/manifest.json'))['splits']['valid']['unigram_entropy_nats'])")
 run tools/plot_run.py $demo/run --report --out $demo/loss.png --baseline "unigram entropy of the validation tokens=$entropy"
 python - "$demo" "$entropy" <<'PYTHON'
@@ -49,10 +53,15 @@ import json, sys
 from pathlib import Path
 
 demo, entropy = Path(sys.argv[1]), float(sys.argv[2])
-records = [json.loads(line) for line in (demo / "run" / "metrics.jsonl").read_text().splitlines()]
-loss = [record["loss"] for record in records if record["kind"] == "valid"][-1]
-print(f"\nvalidation loss {loss:.3f} nats, unigram entropy of the same tokens {entropy:.3f} nats")
+losses = []
+for run in ("run", "grown_run"):
+    records = [json.loads(line) for line in (demo / run / "metrics.jsonl").read_text().splitlines()]
+    losses.append([record["loss"] for record in records if record["kind"] == "valid"][-1])
+loss, grown = losses
+print(f"\nvalidation loss {loss:.3f} nats, grown and trained on {grown:.3f}, unigram entropy of the same tokens {entropy:.3f}")
 if not loss < entropy - 0.5:
     sys.exit("the model has not learned: its validation loss is not well below the unigram entropy")
+if not grown < loss:
+    sys.exit("the grown model has not learned: its validation loss is not below that of the small one")
 PYTHON
 printf 'everything is in %s; the loss curve is %s/loss.png; %d s in all\n' $demo $demo $(($(date +%s) - began))

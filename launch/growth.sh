@@ -2,22 +2,23 @@
 # What growth saves: a small model, grown and trained on, against the large one from scratch. Tiger and AdamW, wide and
 # wide + deep, three seeds. docs/growth.md says what came out. Everything is written under runs/growth; one idle core
 # takes about an hour and a half. Started again, it goes on where it was stopped. Arguments: seeds (default: 0 1 2), or
-# `rates` for the learning rates that were tried, or `table` for what there is.
+# `rates` for the learning rates that were tried, `table` for what there is, or `picture` for docs/growth_axes.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 out=runs/growth
 optimizers=${OPTIMIZERS:-tiger adamw}
-declare -A rates=([tiger]="5e-3 1e-2 2e-2" [adamw]="3e-3 6e-3 1.2e-2")
-declare -A lr=([tiger]=1e-2 [adamw]=6e-3) # the best from scratch, for all runs alike
-small=(model.vocab_size=1024 model.d_model=64 model.n_layers=4 model.n_heads=2 model.n_kv_heads=1 model.d_ff=192)
-wide=(model.vocab_size=1024 model.d_model=96 model.n_layers=4 model.n_heads=3 model.n_kv_heads=1 model.d_ff=288)
-deep=(model.vocab_size=1024 model.d_model=96 model.n_layers=6 model.n_heads=3 model.n_kv_heads=1 model.d_ff=288)
-scratch_steps=1000 small_steps=800 grown_steps=(150 300)
+declare -A rates=([tiger]="4e-3 8e-3 1.6e-2" [adamw]="5e-3 1e-2 2e-2")
+declare -A lr=([tiger]=8e-3 [adamw]=1e-2)       # the best from scratch
+declare -A grown_lr=([tiger]=3e-3 [adamw]=3e-3) # trained weights take less
+small=(model.vocab_size=512 model.d_model=32 model.n_layers=4 model.n_heads=2 model.n_kv_heads=1 model.d_ff=96)
+wide=(model.vocab_size=512 model.d_model=64 model.n_layers=4 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)
+deep=(model.vocab_size=512 model.d_model=64 model.n_layers=6 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)
+scratch_steps=2000 small_steps=2500 grown_steps=(300 600)
 
 if [ ! -d $out/data ]; then
     step "text, tokenizer, shards: all the Python sources that come with Python, its tests included"
-    VOCAB=1024 stdlib_text $out
+    VOCAB=512 stdlib_text $out
     run tools/prepare_data.py $out/text --tokenizer $out/tokenizer.model --seq-len 128 --valid-fraction 0.03 --out $out/data
 fi
 data=("data.sources=[{path: $out/data}]" data.tokenizer=$out/tokenizer.model data.seq_len=128)
@@ -30,8 +31,8 @@ train() {
     step "$name"
     DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} run launch/train.py configs/tiny_gqa.yaml "${data[@]}" train.run=$out/"$name" \
         train.steps="$steps" train.global_batch_size=8 train.micro_batch_size=8 optim.name="$optimizer" optim.lr="$rate" \
-        optim.warmup_steps=50 train.seed="$seed" data.shuffle_seed="$seed" checkpoint.every_steps=1000 \
-        checkpoint.keep_last=1 evaluate.every_steps=100 evaluate.n_rows=512 metrics.statistics_every_steps=null \
+        optim.warmup_steps=50 train.seed="$seed" data.shuffle_seed="$seed" checkpoint.every_steps=5000 \
+        checkpoint.keep_last=1 evaluate.every_steps=500 evaluate.n_rows=512 metrics.statistics_every_steps=null \
         metrics.tensorboard=false "$@" 2>&1 | grep --line-buffered -v '\[INFO\]\|\[WARNING\]\|^step' || true
     grep -q "\"kind\": \"valid\", \"step\": $steps," $out/"$name"/metrics.jsonl && touch $out/"$name"/done
 }
@@ -54,7 +55,7 @@ def read(name):
     config = load_config(out / name / "config.yaml")
     flops = flops_per_token(config.model, (config.data.seq_len + 1) / 2) * config.batch_tokens
     records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-    losses = [r["loss"] for r in records if r["kind"] == "step"]
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
     smooth = [sum(losses[max(0, i - 24) : i + 1]) / len(losses[max(0, i - 24) : i + 1]) for i in range(len(losses))]
     end = [r["loss"] for r in records if r["kind"] == "valid"][-1]
     return end, flops * config.train.steps, [(flops * (i + 1), loss) for i, loss in enumerate(smooth)]
@@ -101,6 +102,49 @@ figure.savefig(out / "growth.png", dpi=80)
 PYTHON
 }
 
+picture() {
+    python - docs/growth_axes.png <<'PYTHON'
+import sys
+
+import matplotlib.pyplot as plt
+import torch
+
+from megakexue.config import ModelConfig, RopeConfig
+from megakexue.grow import Choices, Growth
+from megakexue.model import parameter_names, resolve, shape
+
+
+def model(**sizes):
+    values = dict(vocab_size=5, n_layers=1, rope=RopeConfig(base=10000)) | sizes
+    return resolve(ModelConfig(**values), "tiger", 32)
+
+
+old = model(d_model=4, n_heads=2, n_kv_heads=1, d_head=4, d_ff=4)
+new = model(d_model=6, n_heads=3, n_kv_heads=1, d_head=8, d_ff=6, vocab_size=7)
+torch.manual_seed(3)
+weights = {name: torch.randn(shape(name, old)) for name in parameter_names(old)}
+shown = {"embedding.weight": "embedding\nwrites d_model", "blocks.0.feed_forward.w_up": "w_up\nreads d_model, writes units",
+         "blocks.0.feed_forward.w_down": "w_down\nreads units, writes d_model", "blocks.0.attention.wq": "wq\n2 -> 3 heads, 4 -> 8 wide",
+         "blocks.0.attention.wk": "wk\n1 head, 4 -> 8 wide", "blocks.0.attention.wo": "wo\nreads heads, writes d_model"}  # fmt: skip
+rows = [("before", None), ("--width pad\n--units fresh", Choices()), ("--width copy\n--units copy", Choices(width="copy", units="copy")),
+        ("--width copy\n--units copy\n--noise 0", Choices(width="copy", units="copy", noise=0))]  # fmt: skip
+figure, panels = plt.subplots(len(rows), len(shown), figsize=(13, 12), gridspec_kw=dict(height_ratios=[4, 6, 6, 6]))
+for (label, choices), line in zip(rows, panels):
+    for (name, title), panel in zip(shown.items(), line):
+        w = weights[name] if choices is None else Growth(old, new, choices).weight(name, weights.__getitem__)
+        picture = w.clone()
+        picture[picture == 0] = float("nan")
+        panel.imshow(picture, cmap="RdBu", vmin=-2.5, vmax=2.5, extent=(0, w.shape[1], w.shape[0], 0))
+        panel.set(xticks=[], yticks=[], facecolor="0.85", xlim=(0, w.shape[1]), ylim=(w.shape[0], 0))
+        if choices is None:
+            panel.set_title(title, fontsize=9)
+    line[0].set_ylabel(label, fontsize=9)
+figure.text(0.01, 0.01, "Rows are outputs, columns inputs. Grey is zero.", fontsize=9)
+figure.tight_layout(rect=(0, 0.02, 1, 1))
+figure.savefig(sys.argv[1], dpi=70)
+PYTHON
+}
+
 case ${1:-} in
 rates)
     for optimizer in $optimizers; do
@@ -110,6 +154,10 @@ rates)
     done
     ;;
 table) ;;
+picture)
+    picture
+    exit
+    ;;
 *)
     for seed in ${*:-0 1 2}; do
         for optimizer in $optimizers; do
@@ -125,7 +173,7 @@ table) ;;
                         --seed "$seed" "${data[@]}" data.shuffle_seed="$seed" optim.name=$optimizer "${model[@]}"
                 fi
                 for steps in "${grown_steps[@]}"; do
-                    train "grown_$shape@$steps-$optimizer-$seed" "$steps" $optimizer "$rate" "$seed" "${model[@]}" \
+                    train "grown_$shape@$steps-$optimizer-$seed" "$steps" $optimizer "${grown_lr[$optimizer]}" "$seed" "${model[@]}" \
                         "train.init_from=$bundle" train.init_optimizer=keep train.init_data=continue
                 done
             done

@@ -167,6 +167,8 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
             "deepnorm_recipe=paper has no effect with model.re",
         ),
         (["train.seed=-1"], "train.seed=-1 must not be negative"),
+        (["train.init_optimizer=keep"], "train.init_optimizer=keep has no effect with train.init_from=null: name a"),
+        (["train.init_data=continue"], "train.init_data=continue has no effect with train.init_from=null: name a"),
         (["optim.beta2=1"], "optim.beta2=1.0 must be in [0, 1)"),
         (["optim.beta1=-0.1"], "optim.beta1=-0.1 must be in [0, 1)"),
         (["optim.name=sgd"], "Invalid value 'sgd', expected one of ['tiger', 'lion', 'adamw']"),

@@ -495,3 +495,45 @@ def test_what_is_no_run_is_an_error_of_the_program(
     said = capsys.readouterr()
     assert re.fullmatch(r"error: .* is no run folder: it has no config.yaml.*\n", said.err) and said.out == ""
     assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_may_hold_the_state_of_the_optimizer(trained: Path, prepared: Prepared, tmp_path: Path) -> None:
+    bundle = Bundle(export_run(trained / "run", tmp_path / "bundle", with_optimizer=True))
+    assert bundle.optimizer == {"name": "tiger", "embedding": "lazy", "n_updates": 2}
+    state = dict(bundle.state())
+    assert state.keys() == {f"momentum/{name}" for name in parameter_names(bundle.config)}
+    assert all(bool(x.any()) for x in state.values())
+    name = "blocks.1.attention.wk"
+    size = shape(name, bundle.config)
+    segment = Segment(name=name, role="matrix", shape=size, start=3, stop=size[1] + 5, flat=0, offset=0)
+    assert torch.equal(bundle.read("momentum", segment), state[f"momentum/{name}"].view(-1)[3 : size[1] + 5])
+    assert bundle.lineage["data"]["sample"] == 2 * 16 and bundle.lineage["data"]["epoch"] == 0
+
+    # in several files too
+    weights = ((name, bundle.weight(name)) for name in parameter_names(bundle.config))
+    sharded = write_bundle(
+        tmp_path / "sharded", bundle.config, weights, bundle.tokenizer, {}, shard_bytes=9000,
+        optimizer=bundle.optimizer, state=bundle.state(),
+    )  # fmt: skip
+    assert (sharded / "optimizer-00002.safetensors").exists()
+    assert all(torch.equal(x, state[key]) for key, x in Bundle(sharded).state())
+
+    # a state that is not that of the config, or of no optimizer, is refused
+    def sealed(out: Path) -> None:
+        manifest = json.loads((out / "manifest.json").read_text())
+        for file in manifest["files"]:
+            manifest["files"][file] = {"size": (out / file).stat().st_size, "sha256": sha256(out / file)}
+        (out / "manifest.json").write_text(json.dumps(manifest))
+
+    config = (tmp_path / "bundle" / "config.yaml").read_text()
+    for old, new, message in (
+        ("name: tiger", "name: adamw", "the weights do not fit config.yaml: missing"),
+        ("name: tiger", "name: sgd", "its section optimizer is not of the form that this version writes"),
+        ("n_updates: 2", "n_updates: x", "its section optimizer is not of the form that this version writes"),
+    ):
+        (tmp_path / "bundle" / "config.yaml").write_text(
+            config.replace(old, new).replace("embedding: lazy", "embedding: null")
+        )
+        sealed(tmp_path / "bundle")
+        with pytest.raises(UserError, match=message):
+            Bundle(tmp_path / "bundle")
