@@ -8,9 +8,9 @@ cd "$(dirname "$0")/.."
 source launch/common.sh
 out=runs/growth
 optimizers=${OPTIMIZERS:-tiger adamw}
-declare -A rates=([tiger]="4e-3 8e-3 1.6e-2" [adamw]="5e-3 1e-2 2e-2")
-declare -A lr=([tiger]=8e-3 [adamw]=1e-2)       # the best from scratch
-declare -A grown_lr=([tiger]=3e-3 [adamw]=3e-3) # trained weights take less
+declare -A rates=([tiger]="4e-3 8e-3 1.6e-2" [adamw]="2.5e-3 5e-3 1e-2")
+declare -A lr=([tiger]=8e-3 [adamw]=5e-3)       # the best from scratch
+declare -A grown_lr=([tiger]=3e-3 [adamw]=2e-3) # trained weights take less
 small=(model.vocab_size=512 model.d_model=32 model.n_layers=4 model.n_heads=2 model.n_kv_heads=1 model.d_ff=96)
 wide=(model.vocab_size=512 model.d_model=64 model.n_layers=4 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)
 deep=(model.vocab_size=512 model.d_model=64 model.n_layers=6 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)

@@ -35,7 +35,8 @@ from megakexue.model import axes, parameter_names, resolve, shape
 from megakexue.optim import Segment, state_dtypes
 from megakexue.tokenizer import Tokenizer
 
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 2 * 2**30
+"""Of a file; writing one takes twice as much memory."""
 FORMAT = 2
 
 
@@ -316,7 +317,8 @@ class Bundle(_Source):
             require(name in names, f"{folder}: manifest.json does not name {name}: copy the folder again")
         self.config, self.lineage, self.optimizer = _read_config(self.folder / "config.yaml")
         self.tokenizer = self.folder / "tokenizer.model"
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for name in names:
             if name.startswith(("model", "optimizer")) and name.endswith(".safetensors"):
                 self._open(self.folder / name)
@@ -328,17 +330,17 @@ class Bundle(_Source):
             f"unknown {sorted(found - expected)[:3]}",
         )
         for key in expected:
-            got, want = tuple(self._files[key].get_slice(key).get_shape()), shape(key.split("/")[-1], self.config)
+            got, want = self._shapes[key], shape(key.split("/")[-1], self.config)
             require(got == want, f"{folder}: {key} has shape {got} instead of the {want} of config.yaml")
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    require(name not in self._files, f"{path}: {name} is in another file too: export the bundle again")
+                    self._files[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
         except SafetensorError as error:
             raise UserError(f"{path} is no safetensors file: {error}") from error
-        for name in file.keys():
-            require(name not in self._files, f"{path}: {name} is in another file too: export the bundle again")
-            self._files[name] = file
 
     def load_tokenizer(self) -> Tokenizer:
         """Open the tokenizer. Raises UserError: it is none, or has more pieces than the model has embeddings."""
@@ -352,7 +354,8 @@ class Bundle(_Source):
 
     def weight(self, name: str) -> Tensor:
         """Return a parameter in the dtype that it is stored in."""
-        return self._files[name].get_tensor(name)
+        with safe_open(self._files[name], framework="pt") as file:  # anew, or all that was read would stay mapped
+            return file.get_tensor(name)
 
     def tensor(self, kind: str, name: str) -> Tensor:
         return self.weight(name if kind == "master" else f"{kind}/{name}")
@@ -360,11 +363,12 @@ class Bundle(_Source):
     def read(self, kind: str, segment: Segment) -> Tensor:
         """Return a segment of a parameter or of its state, float32, reading only the rows that it touches."""
         key = segment.name if kind == "master" else f"{kind}/{segment.name}"
-        rows = self._files[key].get_slice(key)
         width = segment.shape[1] if len(segment.shape) == 2 else 1
         first, last = segment.start // width, -(-segment.stop // width)
         low = segment.start - first * width
-        return rows[first:last].reshape(-1)[low : low + segment.numel].float()
+        with safe_open(self._files[key], framework="pt") as file:
+            rows = file.get_slice(key)[first:last]
+            return rows.reshape(-1)[low : low + segment.numel].float()
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any] | None]:

@@ -25,7 +25,5 @@ def test_it_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, str(PROGRAM), *CONFIGS, "--scratch", str(tmp_path / "scratch")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"\ngrow: \d+ s, peak [\d.]+ GiB resident\noutput 0.02 GiB, largest tensor 0.00 GiB, bound 1.02", done.stdout
-    )
+    assert re.search(r"\ngrow: \d+ s, peak [\d.]+ GiB resident\noutput 0.02 GiB, largest tensor 0.00 GiB", done.stdout)
     assert not (tmp_path / "scratch").exists()
