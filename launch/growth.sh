@@ -11,14 +11,14 @@ optimizers=${OPTIMIZERS:-tiger adamw}
 declare -A rates=([tiger]="4e-3 8e-3 1.6e-2" [adamw]="2.5e-3 5e-3 1e-2")
 declare -A lr=([tiger]=8e-3 [adamw]=5e-3)       # the best from scratch
 declare -A grown_lr=([tiger]=3e-3 [adamw]=2e-3) # trained weights take less
-small=(model.vocab_size=512 model.d_model=32 model.n_layers=4 model.n_heads=2 model.n_kv_heads=1 model.d_ff=96)
-wide=(model.vocab_size=512 model.d_model=64 model.n_layers=4 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)
-deep=(model.vocab_size=512 model.d_model=64 model.n_layers=6 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)
-scratch_steps=2000 small_steps=2500 grown_steps=(300 600)
+small=(model.vocab_size=384 model.tie_embeddings=true model.d_model=32 model.n_layers=4 model.n_heads=2 model.n_kv_heads=1 model.d_ff=96)
+wide=(model.vocab_size=384 model.tie_embeddings=true model.d_model=64 model.n_layers=4 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)
+deep=(model.vocab_size=384 model.tie_embeddings=true model.d_model=64 model.n_layers=6 model.n_heads=4 model.n_kv_heads=2 model.d_ff=192)
+scratch_steps=2000 small_steps=2500 grown_steps=(600 1000)
 
 if [ ! -d $out/data ]; then
     step "text, tokenizer, shards: all the Python sources that come with Python, its tests included"
-    VOCAB=512 stdlib_text $out
+    VOCAB=384 stdlib_text $out
     run tools/prepare_data.py $out/text --tokenizer $out/tokenizer.model --seq-len 128 --valid-fraction 0.03 --out $out/data
 fi
 data=("data.sources=[{path: $out/data}]" data.tokenizer=$out/tokenizer.model data.seq_len=128)

@@ -183,8 +183,7 @@ def _rotary_places(old: ModelConfig, new: ModelConfig) -> list[int]:
         f"model.rope.base={new.rope.base} on a rotary width of {new.rotary_width} does not have the frequencies of the "
         f"weights, base {base:g} on {old.rotary_width}, and no other can stand for them: {remedy}",
     )
-    half, new_half = len(theta), len(wider)
-    return found + [new_half + i for i in found] if half else []
+    return found + [len(wider) + i for i in found]  # pairs are (x_j, x_(j + half))
 
 
 @dataclass(frozen=True, kw_only=True)
