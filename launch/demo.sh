@@ -36,7 +36,7 @@ train "${small[@]}"
 
 step "5. growth: 2.3 times the parameters, the same function; training goes on with the rows that follow"
 run tools/grow_model.py $demo/run --config configs/tiny_grown.yaml --out $demo/grown
-train configs/tiny_grown.yaml train.run=$demo/grown_run train.steps=80 evaluate.every_steps=80 optim.lr=1e-2
+train configs/tiny_grown.yaml train.run=$demo/grown_run train.steps=80 evaluate.every_steps=80
 
 step "6. a bundle of the weights"
 run tools/export_model.py $demo/grown_run --out $demo/bundle
