@@ -177,7 +177,6 @@ def main() -> None:
             yield name, tensor
         _progress("")
 
-    torch.set_flush_denormal(True)
     began = time.perf_counter()
     write_bundle(
         args.out, new, with_progress(grown_weights(growth, lambda name: source.tensor("master", name), batch, report)),
