@@ -56,35 +56,16 @@ def export_run(
     source = RunCheckpoint(run, step)
     names = parameter_names(source.config)
     weights = ((name, source.tensor("master", name).to(dtype)) for name in names)
-    optimizer, state = (source.optimizer, source.state()) if with_optimizer else (None, ())
+    optimizer, state = (source.optimizer, optimizer_state(source)) if with_optimizer else (None, ())
     return write_bundle(
         out, source.config, weights, source.tokenizer, source.lineage, overwrite=overwrite, optimizer=optimizer,
         state=state,
     )  # fmt: skip
 
 
-class _Source:
-    """What a bundle and a run's checkpoint have in common: weights, and perhaps the optimizer's state, by name."""
-
-    config: ModelConfig
-    lineage: dict[str, Any]
-    tokenizer: Path
-    optimizer: dict[str, Any] | None
-    """What the state is of: `name` and `embedding` as in OptimConfig, and `n_updates`; None: there is none."""
-
-    def tensor(self, kind: str, name: str) -> Tensor:
-        """Return a whole parameter (kind master) or a tensor of its optimizer state, as it is stored."""
-        raise NotImplementedError
-
-    def state_kinds(self, name: str) -> list[str]:
-        """The kinds of state of a parameter."""
-        return state_kinds(self.optimizer, name) if self.optimizer else []
-
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the optimizer's state, as `write_bundle` takes them."""
-        for name in parameter_names(self.config):
-            for kind in self.state_kinds(name):
-                yield f"{kind}/{name}", self.tensor(kind, name)
+def family(optimizer: dict[str, Any]) -> tuple[str, bool]:
+    """What decides which state tensors there are, and so whether one optimizer can take another's state."""
+    return optimizer["name"], optimizer["embedding"] == "adamw"
 
 
 def state_kinds(optimizer: dict[str, Any], name: str) -> list[str]:
@@ -92,7 +73,14 @@ def state_kinds(optimizer: dict[str, Any], name: str) -> list[str]:
     return list(state_dtypes(OptimConfig(name=optimizer["name"], embedding=optimizer["embedding"]), axes(name).role))
 
 
-class RunCheckpoint(_Source):
+def optimizer_state(source: "RunCheckpoint | Bundle") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the optimizer's state, as `write_bundle` takes them."""
+    for name in parameter_names(source.config):
+        for kind in state_kinds(source.optimizer, name) if source.optimizer else ():
+            yield f"{kind}/{name}", source.tensor(kind, name)
+
+
+class RunCheckpoint:
     """The weights and the optimizer's state of a run's checkpoint (default: the newest), read by mmap.
 
     Raises:
@@ -120,7 +108,9 @@ class RunCheckpoint(_Source):
         self.config = build(ModelConfig, trainer["config"]["model"], where=str(folder / "trainer.json"))
         self.tokenizer = run / "tokenizer.model"
         optim = trainer["config"]["optim"]
-        self.optimizer = {"name": optim["name"], "embedding": optim["embedding"], "n_updates": trainer["n_updates"]}
+        self.optimizer: dict[str, Any] | None = {
+            "name": optim["name"], "embedding": optim["embedding"], "n_updates": trainer["n_updates"],
+        }  # fmt: skip
         self.lineage = {
             "from": "run", "run": str(run), "step": trainer["step"], "tokens": trainer["tokens"],
             "init_from": OmegaConf.select(OmegaConf.load(run / "config.yaml"), "train.init_from"),
@@ -130,6 +120,7 @@ class RunCheckpoint(_Source):
         self._reader = checkpoint.Reader(folder)
 
     def tensor(self, kind: str, name: str) -> Tensor:
+        """Return a whole parameter (kind master) or a tensor of its optimizer's state, float32."""
         size = shape(name, self.config)
         whole = Segment(name=name, role=axes(name).role, shape=size, start=0, stop=math.prod(size), flat=0, offset=0)
         return self._reader.read(kind, whole).view(size)
@@ -164,7 +155,8 @@ def write_bundle(
         weights: every parameter of the resolved `config` once, in any order. They are asked for one by one, and
             `shard_bytes` of them are kept in memory.
         lineage: YAML values that say where the weights come from; read when the weights are written.
-        optimizer, state: as `_Source` has them.
+        optimizer: what `state` is of: `name` and `embedding` as in OptimConfig, and `n_updates`; None: there is none.
+        state: its tensors by kind/name.
 
     Raises:
         UserError: `out` exists (with `overwrite`: and is no bundle), or a weight is not finite.
@@ -301,7 +293,7 @@ def verify(folder: Path, format: int = FORMAT, *, check_hashes: bool = True) -> 
     return sorted(entries)
 
 
-class Bundle(_Source):
+class Bundle:
     """An open bundle: `config`, `lineage`, `optimizer`, `tokenizer` (a path), and tensors read by mmap."""
 
     def __init__(self, folder: str | Path, *, check_hashes: bool = True) -> None:
@@ -323,7 +315,9 @@ class Bundle(_Source):
             if name.startswith(("model", "optimizer")) and name.endswith(".safetensors"):
                 self._open(self.folder / name)
         expected, found = set(parameter_names(self.config)), set(self._files)
-        expected |= {f"{kind}/{name}" for name in parameter_names(self.config) for kind in self.state_kinds(name)}
+        if self.optimizer:
+            names = parameter_names(self.config)
+            expected |= {f"{kind}/{name}" for name in names for kind in state_kinds(self.optimizer, name)}
         require(
             expected == found,
             f"{folder}: the weights do not fit config.yaml: missing {sorted(expected - found)[:3]}, "
@@ -358,6 +352,7 @@ class Bundle(_Source):
             return file.get_tensor(name)
 
     def tensor(self, kind: str, name: str) -> Tensor:
+        """Return a whole parameter (kind master) or a tensor of its optimizer's state, as it is stored."""
         return self.weight(name if kind == "master" else f"{kind}/{name}")
 
     def read(self, kind: str, segment: Segment) -> Tensor:

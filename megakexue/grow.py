@@ -33,7 +33,7 @@ nothing is held but the tensor at hand.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -290,15 +290,12 @@ class Growth:
             slots = new.n_heads // new.n_groups
             able = [g for g in range(old.n_groups, new.n_heads + 1)
                     if new.n_heads % g == 0 and g >= old.n_groups * -(-needed // (new.n_heads // g))]  # fmt: skip
-            nearest = min(able, key=lambda g: abs(g - new.n_groups)) if able else None
-            remedy = f"set model.n_kv_heads={nearest}"
-            if nearest is None:
-                remedy = f"set model.n_heads to a multiple of {old.n_heads}"
+            nearest = min(able, key=lambda g: abs(g - new.n_groups))  # each head its own group is always able
             require(
                 new.n_groups in able,
                 f"model.n_kv_heads={new.n_groups} with model.n_heads={new.n_heads}: each of the {old.n_groups} "
                 f"key/value heads of the weights serves {needed} query heads, and groups of {slots} would need "
-                f"{old.n_groups * -(-needed // slots)} of them: {remedy}",
+                f"{old.n_groups * -(-needed // slots)} of them: set model.n_kv_heads={nearest}",
             )
 
     def _check_choices(self) -> None:
@@ -791,7 +788,7 @@ def grown_weights(
 
 
 def grown_state(
-    growth: Growth, kinds: Callable[[str], list[str]], read: Callable[[str, str], Tensor]
+    growth: Growth, kinds: Callable[[str], Iterable[str]], read: Callable[[str, str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the grown state of the optimizer, float32, by kind/name.
 

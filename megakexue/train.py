@@ -42,7 +42,7 @@ from megakexue.data import Batch, Batches, Interrupted, Position
 from megakexue.describe import describe, flops_per_token
 from megakexue.engine import Engine, StepResult, start
 from megakexue.evaluate import validation_loss
-from megakexue.export import Bundle
+from megakexue.export import Bundle, family
 from megakexue.guard import TrainingStopped
 from megakexue.loss import emo_rows
 from megakexue.metrics import (
@@ -411,7 +411,6 @@ def _start_weights(engine: Engine, config: Config, data: Batches) -> tuple[str, 
     )
     origin, keeps = f"weights of {bundle.folder}", config.train.init_optimizer == "keep"
     if keeps:
-        own = {"name": config.optim.name, "embedding": config.optim.embedding}
         state = bundle.optimizer
         require(
             state is not None,
@@ -419,9 +418,8 @@ def _start_weights(engine: Engine, config: Config, data: Batches) -> tuple[str, 
             "--optimizer, or set train.init_optimizer=reset",
         )
         assert state is not None
-        is_adamw = [(x["name"], x["embedding"] == "adamw") for x in (state, own)]
         require(
-            is_adamw[0] == is_adamw[1],
+            family(state) == family(dataclasses.asdict(config.optim)),
             f"train.init_optimizer=keep: train.init_from={bundle.folder} has the state of optim.name={state['name']} "
             f"with optim.embedding={state['embedding']}: use these, or set train.init_optimizer=reset",
         )

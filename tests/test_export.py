@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megakexue.config import ModelConfig, RopeConfig, UserError, sha256
-from megakexue.export import Bundle, export_run, verify, write_bundle
+from megakexue.export import Bundle, export_run, optimizer_state, verify, write_bundle
 from megakexue.generate import load_decoder
 from megakexue.model import Decoder, axes, initial_weight, parameter_names, resolve, shape
 from megakexue.optim import Segment
@@ -500,7 +500,7 @@ def test_what_is_no_run_is_an_error_of_the_program(
 def test_a_bundle_may_hold_the_state_of_the_optimizer(trained: Path, prepared: Prepared, tmp_path: Path) -> None:
     bundle = Bundle(export_run(trained / "run", tmp_path / "bundle", with_optimizer=True))
     assert bundle.optimizer == {"name": "tiger", "embedding": "lazy", "n_updates": 2}
-    state = dict(bundle.state())
+    state = dict(optimizer_state(bundle))
     assert state.keys() == {f"momentum/{name}" for name in parameter_names(bundle.config)}
     assert all(bool(x.any()) for x in state.values())
     name = "blocks.1.attention.wk"
@@ -513,10 +513,10 @@ def test_a_bundle_may_hold_the_state_of_the_optimizer(trained: Path, prepared: P
     weights = ((name, bundle.weight(name)) for name in parameter_names(bundle.config))
     sharded = write_bundle(
         tmp_path / "sharded", bundle.config, weights, bundle.tokenizer, {}, shard_bytes=9000,
-        optimizer=bundle.optimizer, state=bundle.state(),
+        optimizer=bundle.optimizer, state=optimizer_state(bundle),
     )  # fmt: skip
     assert (sharded / "optimizer-00002.safetensors").exists()
-    assert all(torch.equal(x, state[key]) for key, x in Bundle(sharded).state())
+    assert all(torch.equal(x, state[key]) for key, x in optimizer_state(Bundle(sharded)))
 
     # a state that is not that of the config, or of no optimizer, is refused
     def sealed(out: Path) -> None:

@@ -4,7 +4,9 @@
 import argparse
 import dataclasses
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ def main() -> None:
     from megakexue import __version__
     from megakexue.data import Batches
     from megakexue.describe import flops_per_token, n_parameters
-    from megakexue.export import Bundle, check_out, open_source, write_bundle
+    from megakexue.export import Bundle, check_out, open_source, state_kinds, write_bundle
     from megakexue.grow import Choices, Difference, Growth, grown_state, grown_weights
     from megakexue.model import resolve
 
@@ -106,10 +108,9 @@ def main() -> None:
     growth = Growth(source.config, new, choices)
 
     optim = config.optim.resolved(new.tie_embeddings)
-    target = {"name": optim.name, "embedding": optim.embedding}
     optimizer, why = None, "left out, as --optimizer reset says"
     if args.optimizer != "reset":
-        optimizer, why = _optimizer(source.optimizer, target)
+        optimizer, why = _optimizer(source.optimizer, dataclasses.asdict(optim))
         require(
             optimizer is not None or args.optimizer is None,
             f"--optimizer keep: {why}: export the bundle with --optimizer, or set optim.name to that of the state",
@@ -136,12 +137,13 @@ def main() -> None:
     seq_len = min(config.data.seq_len, VERIFIED_TOKENS)
     n_rows = max(1, VERIFIED_TOKENS // config.data.seq_len)
     data = dataclasses.replace(config.data, sources=[SourceConfig(path=s.path) for s in config.data.sources])
-    batches = Batches(
-        data, split="valid", global_batch_size=n_rows, micro_batch_size=n_rows, rank=0, world_size=1, local_rank=0,
-        local_world_size=1, cache=Path(data.cache or args.out.parent / f".{args.out.name}.cache"),
-    )  # fmt: skip
-    batch = next(batches.first_rows(n_rows))
-    batches.close()
+    with tempfile.TemporaryDirectory() as cache:
+        batches = Batches(
+            data, split="valid", global_batch_size=n_rows, micro_batch_size=n_rows, rank=0, world_size=1, local_rank=0,
+            local_world_size=1, cache=Path(data.cache or cache),
+        )  # fmt: skip
+        batch = next(batches.first_rows(n_rows))
+        batches.close()
     tokens, targets, positions = (x[:, :seq_len] for x in (batch.tokens, batch.targets, batch.positions))
     starts = [*(positions.flatten() == 0).nonzero().flatten().tolist(), tokens.numel()]
     cu_seqlens = torch.tensor(starts, dtype=torch.int32)
@@ -181,7 +183,7 @@ def main() -> None:
     write_bundle(
         args.out, new, with_progress(grown_weights(growth, lambda name: source.tensor("master", name), batch, report)),
         source.tokenizer, lineage, overwrite=args.overwrite, optimizer=optimizer,
-        state=with_progress(grown_state(growth, source.state_kinds, source.tensor)),
+        state=with_progress(grown_state(growth, partial(state_kinds, optimizer), source.tensor) if optimizer else ()),
     )  # fmt: skip
     n_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {sizes[1]:,} parameters, {n_bytes:,} bytes, in {time.perf_counter() - began:.0f} s")
@@ -191,15 +193,15 @@ def main() -> None:
 
 def _optimizer(state: dict[str, Any] | None, target: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """Return what the grown state is of (None: there is none) and the reason."""
+    from megakexue.export import family
+
     if state is None:
         return None, "no state in the source"
-    kinds = [(x["name"], x["embedding"] == "adamw") for x in (state, target)]
-    if kinds[0] != kinds[1]:
+    if family(state) != family(target):
         own, other = (f"{x['name']}, optim.embedding={x['embedding']}" for x in (state, target))
         return None, f"left out: the state is of {own}, and the target's optimizer is {other}"
-    return state | {
-        "embedding": target["embedding"]
-    }, f"{state['name']}'s state after {state['n_updates']} updates grows too"
+    grown = state | {"embedding": target["embedding"]}
+    return grown, f"{state['name']}'s state after {state['n_updates']} updates grows too"
 
 
 def _progress(text: str) -> None:
