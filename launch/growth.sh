@@ -35,7 +35,11 @@ train() {
         optim.warmup_steps=50 train.seed="$seed" data.shuffle_seed="$seed" checkpoint.every_steps=5000 \
         checkpoint.keep_last=1 evaluate.every_steps=500 evaluate.n_rows=512 metrics.statistics_every_steps=null \
         metrics.tensorboard=false "$@" 2>&1 | grep --line-buffered -v '\[INFO\]\|\[WARNING\]\|^step' || true
-    grep -q "\"kind\": \"valid\", \"step\": $steps," $out/"$name"/metrics.jsonl && touch $out/"$name"/done
+    if ! grep -q "\"kind\": \"valid\", \"step\": $steps," $out/"$name"/metrics.jsonl; then
+        echo "$name has not come to its end: see $out/$name/logs" >&2
+        exit 1
+    fi
+    touch $out/"$name"/done
 }
 
 table() {

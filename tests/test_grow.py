@@ -500,6 +500,20 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, dict[s
     ),
     (GQA | dict(attention=AttentionConfig(similarity="cosine")), dict(d_head=8), {}, "set model.d_head=4 and grow", {}),
     (
+        GQA | dict(attention=AttentionConfig(similarity="cosine", softmax_scale=9.0)),
+        dict(attention=AttentionConfig(similarity="cosine", softmax_scale=8.0)),
+        {},
+        "set model.attention.softmax_scale=9.0",
+        {},
+    ),
+    (
+        GQA | dict(rope=RopeConfig(base=BASE, fraction=0.5)),
+        dict(d_head=6, rope=RopeConfig(base=BASE, fraction=1)),
+        {},
+        "leaves unrotated 0 dimensions of a head of 6, fewer than the 2 of the weights: set model.rope.fraction=0.333333",
+        dict(d_head=6, rope=RopeConfig(base=BASE, fraction=1 / 3)),
+    ),
+    (
         GQA | dict(n_heads=8),
         dict(n_heads=9, n_kv_heads=3),
         {},
