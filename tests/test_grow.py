@@ -510,7 +510,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, dict[s
         GQA | dict(rope=RopeConfig(base=BASE, fraction=0.5)),
         dict(d_head=6, rope=RopeConfig(base=BASE, fraction=1)),
         {},
-        "leaves unrotated 0 dimensions of a head of 6, fewer than the 2 of the weights: set model.rope.fraction=0.333333",
+        "leaves unrotated 0 dimensions of a head of 6, fewer than the 2 of the weights: set model.rope.fraction=0.33",
         dict(d_head=6, rope=RopeConfig(base=BASE, fraction=1 / 3)),
     ),
     (
