@@ -4,7 +4,6 @@ A launcher sets RANK, WORLD_SIZE, LOCAL_RANK and the address of rank 0; without 
 """
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -57,16 +56,12 @@ def read_ranks() -> Ranks:
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=int(local))
 
 
-def set_environment_of_one() -> None:
-    """Give a process that no launcher started the variables of a world of one, on a free port."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {
-            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+def set_environment_of_one() -> bool:
+    """Set the variables of a world of one, and return True, unless a launcher has set its own."""
+    if "RANK" in os.environ:
+        return False
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    return True
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

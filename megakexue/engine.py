@@ -78,7 +78,7 @@ def start(config: EngineConfig) -> dist.Ranks:
     """Join the world: set up the environment, DeepSpeed's quiet start, and the process group."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist.set_environment_of_one()
+    is_alone = dist.set_environment_of_one()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
@@ -95,7 +95,14 @@ def start(config: EngineConfig) -> dist.Ranks:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.read_ranks().local_world_size))
     else:
         torch.cuda.set_device(dist.device())
-    deepspeed.init_distributed(timeout=timedelta(seconds=config.timeout_s), verbose=False)
+    timeout = timedelta(seconds=config.timeout_s)
+    if is_alone:
+        # without a port, since another process that starts at the same moment may take the one that was free
+        backend = get_accelerator().communication_backend_name()
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
     # a garbage collection need not look at what is imported: stage 3 collects when it starts, which took a second
     gc.freeze()
     atexit.register(gc.unfreeze)  # or libraries complain that their objects outlive the interpreter

@@ -1,5 +1,9 @@
 """What a launcher must say, and what happens when it does not."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megakexue.config import UserError
@@ -19,6 +23,26 @@ def given(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
 def test_without_a_launcher_the_world_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, SLURM_STEP_NUM_TASKS="1")
     assert read_ranks() == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+@pytest.mark.slow
+def test_a_world_of_one_needs_no_port() -> None:
+    """Two processes that look for a free port at the same moment may find the same, and one of them fails."""
+    code = """
+import os
+from megakexue.config import EngineConfig
+from megakexue.engine import start
+from torch.distributed.distributed_c10d import _get_default_store as store
+
+ranks = start(EngineConfig())
+inner = store()
+while hasattr(inner, "underlying_store"):
+    inner = inner.underlying_store
+print(ranks.world_size, type(inner).__name__, "MASTER_PORT" in os.environ)
+"""
+    environment = {key: value for key, value in os.environ.items() if key not in (*NAMES, "MASTER_PORT")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["1 HashStore False"], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("local", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
