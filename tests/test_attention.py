@@ -1,6 +1,7 @@
 """The backends against one another and against a loop over single documents; what a query may not see."""
 
 import importlib.util
+import re
 import sys
 import types
 
@@ -259,6 +260,7 @@ class Machine:
         self.flash_attn("flash_attn_func", "flash_attn_varlen_func")
         self.capability((9, 0))
         self.triton(True)
+        self.patch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal, enable_gqa: None)
 
     def flash_attn(self, *functions: str) -> None:
         module = types.ModuleType("flash_attn")
@@ -373,8 +375,9 @@ def assert_near_reference(
     try:
         choose_backend(backend, "cuda", q.dtype, q.shape[3], v.shape[3], q.shape[1])
     except UserError as error:
-        # widths and dtypes that a kernel does not take, or a GPU too old for it, are no failure; flash-attn is optional
-        assert backend == "flash" or "takes" in str(error) or "compute capability" in str(error), error
+        # widths and dtypes that a kernel does not take, or a GPU or torch too old for it, are no failure; flash-attn is
+        # optional
+        assert backend == "flash" or re.search("takes|compute capability|newer torch", str(error)), error
         pytest.skip(str(error))
     positions, cu_seqlens = documents(*rows)
     layout = Layout(positions.cuda(), cu_seqlens.cuda() if is_packed else None)
