@@ -365,6 +365,8 @@ def test_what_is_asked_for_must_run_here(machine: Machine) -> None:
 # --- CUDA ----------------------------------------------------------------------------------------------------------
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# torch's compiler looks at .grad of all its inputs
+compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 def assert_near_reference(
@@ -396,6 +398,7 @@ def assert_near_reference(
 
 @pytest.mark.gpu
 @needs_cuda
+@compiles
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128), (192, 128)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -410,6 +413,7 @@ def test_cuda_backends_equal_the_reference(backend: Backend, widths: tuple[int, 
 
 @pytest.mark.gpu
 @needs_cuda
+@compiles
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("t", [192, 320, 256])
@@ -423,6 +427,7 @@ def test_cuda_rows_of_very_negative_scores_have_gradients(backend: Backend, is_p
 
 @pytest.mark.gpu
 @needs_cuda
+@compiles
 @pytest.mark.parametrize("widths", [(128, 128), (576, 512)], ids=str)
 @pytest.mark.parametrize("n_queries", [1, 100])
 def test_cuda_cached_queries_equal_the_reference(widths: tuple[int, int], n_queries: int) -> None:
