@@ -131,7 +131,7 @@ class AttentionConfig:
     """key_norm: q.k / |k| without 1/sqrt(d); cosine: 4 ln n cos(q, k), with scale=constant n = context / 2 (9859)."""
     softmax_scale: float | None = None
     """None: 1/sqrt(head width) for dot, 1 for key_norm and cosine, 4 ln(context / 2) for cosine with scale=constant.
-    Written as a number into a bundle, since growth and a longer context must keep it."""
+    Written as a number into a bundle, since a longer context must keep it."""
 
     def __post_init__(self) -> None:
         base, floor = self.log_n_base, self.log_n_floor
@@ -198,11 +198,11 @@ class ModelConfig:
     deepnorm_recipe: Literal["auto", "paper", "sgd", "adam", "lamb"] = "auto"
     """Which row of 8978 gives alpha and the initial gain; auto follows the optimizer family."""
     residual_alpha: float | None = None
-    """None: from the recipe. Written as a number into a bundle, since growth must keep it."""
+    """None: from the recipe. Written as a number into a bundle, whose weights it belongs to."""
     branch_gain: float | None = None
     """Gain of a whole residual branch at initialisation; None: from the recipe."""
     gain_centre: float = 1.0
-    """What the gains of norms start at, and what the guard's shrink draws them to; growth changes it."""
+    """What the gains of norms start at, and what the guard's shrink draws them to; growth keeps it."""
     embed_scale: float | None = None
     """Multiplies the embedding rows; None: sqrt(d_model), which starts the stream at RMS 1."""
     logit_scale: float | None = None

@@ -117,13 +117,19 @@ class RunCheckpoint:
             "source": trainer["source"], "data": {"fingerprint": trainer["data"], **trainer["position"]},
             "megakexue": __version__,
         }  # fmt: skip
-        self._reader = checkpoint.Reader(folder)
+        self._folder, self._reader = folder, checkpoint.Reader(folder)
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """Return a whole parameter (kind master) or a tensor of its optimizer's state, float32."""
         size = shape(name, self.config)
         whole = Segment(name=name, role=axes(name).role, shape=size, start=0, stop=math.prod(size), flat=0, offset=0)
-        return self._reader.read(kind, whole).view(size)
+        try:
+            return self._reader.read(kind, whole).view(size)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self._folder} was removed while it was read, since its run goes on: keep it with "
+                "checkpoint.keep_every, or take a newer one"
+            ) from error
 
 
 def open_source(path: Path, step: int | None = None) -> "RunCheckpoint | Bundle":
@@ -247,8 +253,10 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         if out.exists():
             out.rename(old)
         partial.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"{out} is not written, and nothing is left of it: {error}") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 

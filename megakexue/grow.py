@@ -60,6 +60,13 @@ CHUNK = 2**22
 PAIR_SCALE = 0.3
 """Of the last matrices of a new block: small first steps, and far from an RMS of 0, which Tiger could not move."""
 VOCAB_NOISE = 0.1
+NO_EPS = 1e-30
+"""norm_eps that is not felt, and keeps a row of zeros from being divided by zero."""
+NAMES = {
+    "v": "vocabulary", "m": "d_model", "f": "feed-forward", "h": "query heads", "g": "kv heads", "c": "kv latent",
+    "q": "query latent", "n": "unrotated width", "p": "rotary width", "e": "value width",
+}  # fmt: skip
+"""Of the axes, by letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,16 +179,22 @@ def _rotary_places(old: ModelConfig, new: ModelConfig) -> list[int]:
     theta, wider = (frequencies(c.rope, c.rotary_width) for c in (old, new))
     found = [int(np.argmin(abs(np.log(wider / x)))) for x in theta]
     base, ratio = float(old.rope.base), new.rotary_width / old.rotary_width
-    remedy = f"set model.rope.base={base!r}, that of the weights"
-    if ratio != 1:
-        powers = f"model.rope.base={base**ratio!r} (base^{ratio:g})"
-        remedy = f"set {powers}" + (f", or {base!r}, that of the weights" if ratio.is_integer() else "")
+    remedies = []
+    if ratio == 1:
+        remedies = [f"model.rope.base={base!r}, that of the weights"]
+    else:
+        if old.rope.extension not in ("ntk", "ntk_exact", "ntk_mixed"):  # which depend on the width as well
+            remedies = [f"model.rope.base={base**ratio!r} (base^{ratio:g})"]
+            remedies += [f"{base!r}, that of the weights"] if ratio.is_integer() else []
         if old.mla is None:
-            remedy += f", or model.rope.fraction={old.rotary_width / new.head_width:g}, which rotates as much as before"
+            fraction = old.rotary_width / new.head_width
+            remedies.append(f"model.rope.fraction={fraction:g}, which rotates as much as before")
+        elif not remedies:
+            remedies = [f"model.mla.d_rope={old.rotary_width}"]
     require(
         bool(np.allclose(wider[found], theta, rtol=1e-12, atol=0)),
         f"model.rope.base={new.rope.base} on a rotary width of {new.rotary_width} does not have the frequencies of the "
-        f"weights, base {base:g} on {old.rotary_width}, and no other can stand for them: {remedy}",
+        f"weights, base {base:g} on {old.rotary_width}, and no other can stand for them: set {', or '.join(remedies)}",
     )
     return found + [len(wider) + i for i in found]  # pairs are (x_j, x_(j + half))
 
@@ -244,6 +257,13 @@ class Growth:
             f"model.mla.d_query_latent={latents[1]}: a latent can be widened, not put in or taken out, and that of the "
             f"weights is {latents[0]}: set model.mla.d_query_latent={latents[0]}",
         )
+        assert old.rope.context is not None and new.rope.context is not None
+        require(
+            new.rope.context <= old.rope.context,
+            f"data.seq_len={new.rope.context}: the weights were trained on rows of {old.rope.context} tokens, and "
+            f"longer ones are a step of their own: grow with data.seq_len={old.rope.context}, and extend the grown "
+            "model afterwards (model.rope.extension)",
+        )
         keys = ["norm_eps", "residual", "gain_centre"]
         keys += [f"attention.{name}" for name in ("scale", "similarity", "log_n_base", "log_n_floor")]
         keys += [f"rope.{name}" for name in ("extension", "trained_context", "ntk_mixed_exponent", "yarn_temperature")]
@@ -300,7 +320,7 @@ class Growth:
 
     def _check_choices(self) -> None:
         old, new, choices = self.old, self.new, self.choices
-        require(0 <= choices.noise < math.inf, f"--noise {choices.noise} must not be negative")
+        require(0 <= choices.noise < math.inf, f"--noise {choices.noise} must be a number from 0 on")
         require(choices.seed >= 0, f"--seed {choices.seed} must not be negative")
         if new.n_layers > old.n_layers and choices.depth == "pair":
             for name, size in (("d_ff", new.d_ff), ("mla.d_value" if new.mla else "d_head", new.value_width)):
@@ -308,13 +328,31 @@ class Growth:
         if choices.width == "pad" and choices.noise == 0:
             for letter, key in (("m", "d_model"), ("c", "mla.d_latent"), ("q", "mla.d_query_latent")):
                 a, b = self._sizes.get(letter), self._new_sizes.get(letter)
-                readers = [name for name in parameter_names(new) if axes(name).contracted == letter]
-                can_learn = any(self.origin(name) is None or bool(self._sides(name)[0].fresh.any()) for name in readers)
                 require(
-                    a == b or can_learn,
+                    a == b or self._is_read_at_random(letter),
                     f"--noise 0 leaves the new channels of model.{key}={b} without a reader, so that they "
                     "would never learn: leave --noise at 1, or use --width copy",
                 )
+
+    def _is_read_at_random(self, letter: str) -> bool:
+        """Whether new rows read the axis in the old blocks, or new blocks the stream."""
+        return any(
+            bool(self._sides(name)[0].fresh.any()) or (letter == "m" and self.origin(name) is None)
+            for name in parameter_names(self.new)
+            # new rows of the vocabulary are made of old ones, and read what those do
+            if letter in axes(name).contracted and axes(name).out != "v"
+        )
+
+    @property
+    def locked(self) -> list[str]:
+        """The axes whose copies get equal gradients for ever, by name: nothing reads them apart."""
+        found = []
+        for letter in "mcqfhe" if self.choices.noise == 0 else "":
+            if letter in self.maps:
+                live = self.maps[letter].index[~self.maps[letter].fresh & (self.maps[letter].write != 0)]
+                if len(live) > len(live.unique()) and not self._is_read_at_random(letter):
+                    found.append(NAMES[letter])
+        return found
 
     # --- the maps ----------------------------------------------------------------------------------------------------
 
@@ -538,43 +576,13 @@ class Growth:
                 chunk = (old[out.index[rows]].double()[:, column_index] * by).where(by != 0, fill)
             yield chunk if contracted is not None else chunk[:, 0]
 
-    # --- what became of the new capacity -----------------------------------------------------------------------------
-
-    def outside(self, weights: Read, letter: str = "m") -> tuple[float, float]:
-        """Return the shares of energy that readers and writers of an axis have outside the old model's subspace.
-
-        A vector that the old model can hold is U x; P = U V projects on those. Of the readers W it is
-        |W (1 - P)|^2 / |W|^2, of the writers, the embedding among them, |(1 - P) W|^2 / |W|^2. 0 is the old model and
-        nothing else; random matrices have 1 - old/new.
-        """
-        m = self.maps[letter]
-        found = []
-        for is_reader in (True, False):
-            outer = whole = 0.0
-            for name in parameter_names(self.new):
-                table, is_embedding = axes(name), name == "embedding.weight"
-                if table.role == "gain" or (is_embedding and letter != "m"):
-                    continue
-                if letter != (table.contracted if is_reader != is_embedding else table.out):
-                    continue
-                w = weights(name).double()
-                w = w if is_reader or is_embedding else w.T
-                left, right = (m.write, m.read) if is_reader else (m.read, m.write)
-                inner = torch.zeros(len(w), self._sizes[letter], dtype=torch.float64).index_add_(1, m.index, w * left)
-                outer += float((w - inner[:, m.index] * right).square().sum())
-                whole += float(w.square().sum())
-            found.append(outer / whole)
-        return found[0], found[1]
+    # --- what is said of it ------------------------------------------------------------------------------------------
 
     def plan(self) -> list[str]:
         """One line for each axis and scale: what it is, from what to what, and how."""
         old, new, choices = self.old, self.new, self.choices
-        names = {
-            "v": "vocabulary", "m": "d_model", "f": "feed-forward", "h": "query heads", "g": "kv heads",
-            "c": "kv latent", "q": "query latent", "n": "unrotated width", "p": "rotary width", "e": "value width",
-        }  # fmt: skip
         lines = []
-        for letter, what in names.items():
+        for letter, what in NAMES.items():
             a, b = self._sizes.get(letter), self._new_sizes.get(letter)
             if a is None or b is None or (letter == "g" and old.mla):
                 continue
@@ -612,12 +620,11 @@ class Growth:
         return self.choices.depth != "stack" or self.new.n_layers == self.old.n_layers
 
     @property
-    def epsilon(self) -> float:
-        """What the function may change by, relative to the logits' deviation: DeepNorm's new norms add norm_eps."""
-        if self.new.residual != "deepnorm":
-            return 0.0
-        is_exact = self.old.n_layers == self.new.n_layers and self.old.residual_alpha == self.new.residual_alpha
-        return 0.0 if is_exact else 2 * self.new.norm_eps * self.new.n_layers
+    def feels_eps(self) -> bool:
+        """Whether norm_eps is felt: in the norms of DeepNorm's new blocks, and where its alpha changes."""
+        old, new = self.old, self.new
+        is_same = (old.n_layers, old.residual_alpha) == (new.n_layers, new.residual_alpha)
+        return new.residual == "deepnorm" and not is_same
 
 
 def _row_chunks(n_rows: int, width: int) -> Iterator[slice]:
@@ -735,6 +742,8 @@ class Difference:
     """How far the logits of the grown model are from those of the old one, on the same tokens, in one precision."""
 
     dtype: str
+    norm_eps: float
+    """That both were computed with."""
     largest: float
     """Over all tokens and the old vocabulary."""
     deviation: float
@@ -753,13 +762,17 @@ def grown_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter of the grown model, float32, and compare its function with the old one's on the way.
 
-    float64 compares the maps, before anything is rounded; float32 the weights that are yielded.
+    float64 judges the maps, before anything is rounded and without norm_eps where that is felt, to 1e-11; float32 the
+    weights as they are yielded and trained on, to 1e-4 of the logits' deviation, or 1e-3 where norm_eps is felt.
 
     Args:
         report: called at the end with both differences; raises to refuse them.
     """
-    dtypes = (torch.float64, torch.float32)
-    before, after = ([Trace(config, batch, dtype) for dtype in dtypes] for config in (growth.old, growth.new))
+    eps = NO_EPS if growth.feels_eps else growth.new.norm_eps
+    before, after = (
+        [Trace(dataclasses.replace(config, norm_eps=eps), batch, torch.float64), Trace(config, batch, torch.float32)]
+        for config in (growth.old, growth.new)
+    )
 
     def old_chunks(name: str) -> Iterator[Tensor]:
         weight = read(name)
@@ -774,13 +787,13 @@ def grown_weights(
     for a, b in zip(before, after):
         old, new = a.logits, b.logits
         deviation = float(old.std())
-        bound = (
-            1e-11 * max(1.0, deviation) if a.dtype == torch.float64 else 1e-4 * deviation
-        ) + growth.epsilon * deviation
+        bound = 1e-11 * max(1.0, deviation)
+        if a.dtype == torch.float32:
+            bound = (1e-3 if growth.feels_eps else 1e-4) * deviation
         losses = [float(functional.cross_entropy(x, targets, ignore_index=IGNORED)) for x in (old, new)]
         differences.append(
             Difference(
-                dtype=str(a.dtype).removeprefix("torch."), deviation=deviation, bound=bound,
+                dtype=str(a.dtype).removeprefix("torch."), norm_eps=a.config.norm_eps, deviation=deviation, bound=bound,
                 largest=float((new[:, : old.shape[1]] - old).abs().max()), losses=(losses[0], losses[1]),
             )
         )  # fmt: skip

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megakexue.config import ModelConfig, RopeConfig, UserError, sha256
-from megakexue.export import Bundle, export_run, optimizer_state, verify, write_bundle
+from megakexue.export import Bundle, export_run, open_source, optimizer_state, verify, write_bundle
 from megakexue.generate import load_decoder
 from megakexue.model import Decoder, axes, initial_weight, parameter_names, resolve, shape
 from megakexue.optim import Segment
@@ -286,6 +287,17 @@ def test_an_existing_name_is_refused_or_replaced(prepared: Prepared, tmp_path: P
         make_bundle(home / "thesis.tex" / "bundle", prepared)
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(prepared: Prepared, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file of 50 kB is cut in the middle
+    try:
+        with pytest.raises(UserError, match=r"bundle is not written, and nothing is left of it: .*File too large"):
+            make_bundle(tmp_path / "bundle", prepared)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_are_not_finite_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     config = tiny_model()
     weights = dict(weights_of(config))
@@ -441,7 +453,10 @@ def test_runs_that_cannot_be_exported(trained: Path, tmp_path: Path) -> None:
     (run / "tokenizer.model").unlink()
     refused("run is no run folder: it has no tokenizer.model")
     shutil.copy(trained / "run" / "tokenizer.model", run)
+    source = open_source(run)
     shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match=r"step_00000001 was removed while it was read, since its run goes on: keep it"):
+        source.tensor("master", "embedding.weight")
     refused("run has no checkpoint yet: train on, or lower checkpoint.every_steps")
     (run / "config.yaml").unlink()
     refused("run is no run folder: it has no config.yaml")

@@ -79,6 +79,10 @@ def parse_arguments() -> argparse.Namespace:
         not args.out or args.overwrite or not args.out.exists(),
         f"{args.out} exists: choose another name, or add --overwrite",
     )
+    require(
+        not args.out or args.out.resolve() != args.source.resolve(),
+        f"--out {args.out} is SOURCE itself, which growth would replace: choose another name",
+    )
     return args
 
 
@@ -115,6 +119,11 @@ def main() -> None:
             optimizer is not None or args.optimizer is None,
             f"--optimizer keep: {why}: export the bundle with --optimizer, or set optim.name to that of the state",
         )
+    require(
+        optimizer is not None or config.train.init_optimizer == "reset",
+        f"train.init_optimizer=keep, but {args.out or 'the bundle'} would have no state: {why}: set "
+        "train.init_optimizer=reset, or grow from a run or a bundle with that optimizer's state",
+    )
 
     context = (config.data.seq_len + 1) / 2
     sizes = [n_parameters(c) for c in (source.config, new)]
@@ -123,10 +132,8 @@ def main() -> None:
     for what, (a, b) in (("parameters", sizes), ("FLOP per token", flops)):
         print(f"{what:<16} {a:>8.4g} -> {b:<8.4g} {b / a:.3g} times")
     print(f"optimizer        {why}")
-    if choices.width == "copy" and choices.noise == 0:
-        print(
-            "WARNING: with --noise 0 copies get equal gradients and stay equal: the model learns as the small one does"
-        )
+    if growth.locked:
+        print(f"WARNING: with --noise 0 the copies of {', '.join(growth.locked)} get equal gradients and stay equal")
     if choices.depth == "zero" and new.n_layers > source.config.n_layers and optim.name == "tiger":
         print(f"WARNING: tiger moves the zero matrices of new blocks by optim.rms_floor={optim.rms_floor:g} alone; "
               "--depth pair learns at once")  # fmt: skip
@@ -161,15 +168,19 @@ def main() -> None:
         _progress("")
         for d in differences:
             print(
-                f"{d.dtype:<9} largest difference of {batch.tokens.numel()} tokens' logits {d.largest:.2e} (deviation "
-                f"{d.deviation:.3g}, bound {d.bound:.2e}); loss {d.losses[0]:.6f} -> {d.losses[1]:.6f} nats"
+                f"{d.dtype:<9} norm_eps {d.norm_eps:g}: {batch.tokens.numel()} tokens' logits differ by at most "
+                f"{d.largest:.2e} (bound {d.bound:.2e}, deviation {d.deviation:.3g}); loss {d.losses[0]:.6f} -> "
+                f"{d.losses[1]:.6f} nats"
             )
+        too_large = "the maps are right, but these weights lose as much to rounding"
+        if growth.feels_eps:
+            too_large += " or to norm_eps in new norms: keep model.n_layers and model.residual_alpha"
+        causes = {"float64": "this is a defect: report the two configs", "float32": too_large}
         for d in differences if growth.is_lossless else ():
             require(
                 d.is_small,
                 f"the grown model is not the old one in {d.dtype}: its logits differ by {d.largest:.2e}, more than "
-                f"{d.bound:.2e}; nothing is written. Where float64 agrees, the weights are too large for float32; "
-                "where it does not, this is a defect: report the two configs",
+                f"{d.bound:.2e}; nothing is written: {causes[d.dtype]}",
             )
         lineage["verified"] = [dataclasses.asdict(d) | {"losses": list(d.losses)} for d in differences]
 
