@@ -13,7 +13,7 @@ run() {
 stdlib_text() {
     local stdlib
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
-    rm -rf "$1"/text "$1"/tokenizer.model
+    rm -rf "$1"/text "$1"/tokenizer.*
     mkdir -p "$1"/text
     (cd "$stdlib" && find . -name '*-packages' -prune -o -name '*.py' -print0 | tar c --null -T -) | tar x -C "$1"/text
     run tools/train_tokenizer.py "$1"/text --vocab-size "${VOCAB:-4096}" --sample-bytes 3000000 --out "$1"/tokenizer.model

@@ -73,13 +73,14 @@ falling() {
 
 table() {
     python - $out <<'PYTHON'
-import json, math, sys
+import math, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from megakexue.config import load_config
 from megakexue.describe import flops_per_token
+from megakexue.metrics import StepRecord, ValidationRecord, read_metrics
 
 out = Path(sys.argv[1])
 
@@ -88,19 +89,19 @@ def read(name):
     """Validation loss at the end, FLOPs, and the training loss as (FLOPs, loss)."""
     config = load_config(out / name / "config.yaml")
     flops = flops_per_token(config.model, (config.data.seq_len + 1) / 2) * config.batch_tokens
-    records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-    losses = [r["loss"] for r in records if r["kind"] == "train"]  # one a step
+    records = read_metrics(out / name)
+    losses = [r.loss for r in records if isinstance(r, StepRecord)]  # one a step
     smooth = [sum(losses[max(0, i - 49) : i + 1]) / len(losses[max(0, i - 49) : i + 1]) for i in range(len(losses))]
-    end = [r["loss"] for r in records if r["kind"] == "valid"][-1]
+    end = [r.loss for r in records if isinstance(r, ValidationRecord)][-1]
     return end, flops * config.train.steps, [(flops * (i + 1), loss) for i, loss in enumerate(smooth)]
 
 
-early = []
-figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
 def steps_of(name):
     return int(name.split("@")[1].split("-")[0])
 
 
+early = []
+figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
 print("| optimizer | to | seed | small | grown, by steps | from scratch, by steps | FLOPs saved | if the small one is there |")
 print("|---|---|---|---|---|---|---|---|")
 for optimizer, panel in zip(("tiger", "adamw"), panels):
@@ -131,8 +132,11 @@ for optimizer, panel in zip(("tiger", "adamw"), panels):
                   f"| {', '.join(saved[False])} |")
             shares = []
             for at in (50, 100, 200, 400, 600):
+                if at > max(grown):
+                    shares.append("")
+                    continue
                 flops, loss = grown[max(grown)][2][at - 1]
-                needed = next(f for f, x in scratch[max(scratch)][2][49:] if x <= loss)
+                needed = next((f for f, x in scratch[max(scratch)][2][49:] if x <= loss), math.nan)
                 shares.append(f"{loss:.2f}: {1 - (small[1] + flops) / needed:.0%}")
             early.append(f"| {optimizer} | {shape} | {seed} | {' | '.join(shares)} |")
             if seed == 0:

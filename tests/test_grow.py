@@ -633,6 +633,20 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, dict[s
         {},
     ),
     (
+        GQA | dict(rope=RopeConfig(base=BASE, extension="ntk", trained_context=16)),
+        dict(d_head=6),  # whose frequencies are no powers of another base
+        {},
+        "no other can stand for them: set model.rope.fraction=0.666667, which rotates as much as before$",
+        dict(rope=RopeConfig(base=BASE, extension="ntk", trained_context=16, fraction=4 / 6), d_head=6),
+    ),
+    (
+        MLA | dict(rope=RopeConfig(base=BASE, extension="ntk", trained_context=16)),
+        dict(mla=dataclasses.replace(MLA["mla"], d_rope=6)),
+        {},
+        "no other can stand for them: set model.mla.d_rope=4$",
+        dict(mla=dataclasses.replace(MLA["mla"], d_nope=5)),
+    ),
+    (
         GQA,
         dict(rope=RopeConfig(base=BASE, context=64)),
         {},

@@ -108,6 +108,13 @@ def test_growth_that_is_not_lossless_is_not_written_but_for_stack(
     monkeypatch.setattr(module.Growth, "_scale", lambda self, name: 1.001)
     with pytest.raises(UserError, match=r"the grown model is not the old one in float64: .*; nothing is written"):
         grow(prepared, monkeypatch, runs / "tiger", "--out", tmp_path / "wrong")
+    monkeypatch.undo()
+    monkeypatch.setattr(module.Difference, "is_small", property(lambda self: self.dtype == "float64"))
+    for layers, also in (3, r" or to norm_eps in new norms: keep model\.n_layers and model\.residual_alpha"), (2, ""):
+        message = r"not the old one in float32: .*: the maps are right, but these weights lose as much to rounding"
+        with pytest.raises(UserError, match=f"{message}{also}$"):
+            grow(prepared, monkeypatch, runs / "tiger", "--out", tmp_path / "wrong",
+                 overrides=[*LARGE, f"model.n_layers={layers}"])  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["stack"]
 
 
