@@ -1,18 +1,21 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each sets up .venv when it is missing.
+# .venv gets the versions of constraints.txt, which were tested together.
 PYTHON ?= python3
 BIN := .venv/bin
 # Text for the demo: a file, folder or glob; empty: the sources and documentation of the Python installation
 TEXT ?=
+# Tests that run side by side; each may start several processes of its own
+WORKERS ?= 2
 
 .PHONY: demo test test-fast check setup
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh $(TEXT)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 check: setup
 	$(BIN)/ruff check .
@@ -20,7 +23,7 @@ check: setup
 	$(BIN)/mypy
 
 setup: .venv/installed
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@

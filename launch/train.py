@@ -5,7 +5,8 @@ import argparse
 import os
 import sys
 
-from megakexue.config import UserError, check_inputs, load_config, run_program
+from megakexue.config import UserError, load_config, run_program
+from megakexue.text.manifest import check_inputs
 
 
 def main() -> None:
@@ -37,9 +38,9 @@ second signal 128 + its number. docs/recovery.md has what happens when.""",
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from megakexue.guard import TrainingStopped
-    from megakexue.preemption import Preempted
-    from megakexue.train import train  # seconds of imports, which a mistake in the config should not cost
+    from megakexue.run.guard import TrainingStopped
+    from megakexue.run.preemption import Preempted
+    from megakexue.run.train import train  # seconds of imports, which a mistake in the config should not cost
 
     try:
         train(config)

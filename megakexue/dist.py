@@ -18,15 +18,40 @@ from megakexue.config import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
+    """The place of this process: in the world, on its node, and on the axes that the world is divided by.
+
+    Neighbouring ranks form a sequence group, whose members share rows: rank = data_rank * sequence_size +
+    sequence_rank. What is counted in rows is divided among data ranks; what is counted in processes, among the world.
+    """
+
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     """Ranks on this node."""
+    sequence_size: int = 1
+    """Ranks that share the same rows; there is no more than one yet."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.sequence_size
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that take rows of their own."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank % self.sequence_size
+
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+"""The place of a program that has no launcher."""
 
 
 def read_ranks() -> Ranks:
@@ -44,7 +69,7 @@ def read_ranks() -> Ranks:
                     f"{name}={os.environ[name]} says that several processes were started, but RANK, WORLD_SIZE and "
                     "LOCAL_RANK are not set: start with `deepspeed launch/train.py`, or set them for each process"
                 )
-        return Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+        return ALONE
     missing = [name for name, value in zip(names, values) if value is None]
     if missing:
         raise UserError(f"the launcher set some of {names} but not {missing}: start with `deepspeed launch/train.py`")
@@ -112,23 +137,3 @@ def count_over_ranks(flags: list[bool], group: Any) -> list[int]:
 def store() -> Any:
     """The key-value store by which the ranks have found one another: any thread may use it at any time."""
     return torch_dist.distributed_c10d._get_default_store()
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names that configs and programs take."""
-
-
-def device(name: str | None = None) -> torch.device:
-    """Return the device of this rank, its own GPU or the CPU; or the one that a program's --device names.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name is not None:
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda", read_ranks().local_rank)
-    return torch.device("cpu")

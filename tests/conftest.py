@@ -1,13 +1,17 @@
 """Real text for the tests: sources of the Python that runs them, tokenized and prepared by our own tools' code."""
 
+import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from megakexue.prepare import PrepareArguments, prepare
-from megakexue.tokenizer import train_tokenizer
+# Before torch is imported, and for programs that tests start. Tests run side by side: one thread for each process.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+from megakexue.text.prepare import PrepareArguments, prepare
+from megakexue.text.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from tests.helpers import ROOT
 
 CODE = """
 import contextlib, io, json, runpy, sys
@@ -32,3 +35,7 @@ def run_without_torch(program: Path, command_lines: list[list[str]]) -> list[tup
         assert not has_torch, f"{arguments} imported torch"
         results.append((code, out, err))
     return results
+
+
+def run_python(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], text=True, capture_output=True, cwd=ROOT, **options)

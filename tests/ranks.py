@@ -7,6 +7,7 @@ import they have read in the server, all ranks have its hash seed, and no atexit
 """
 
 import faulthandler
+import itertools
 import os
 import pickle
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -26,14 +28,28 @@ FIXED = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS":
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     # muon is what DeepSpeed imports, and torch's compiler with it, at the first `initialize`
-    ["pytest", "hypothesis", "deepspeed.runtime.zero.muon.muon_optimizer", "megakexue.train", "megakexue.prepare"]
+    [
+        "pytest",
+        "hypothesis",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "megakexue.run.train",
+        "megakexue.text.prepare",
+    ]
 )
 
 
+PORTS = itertools.cycle(range(first := 10_000 + 100 * (os.getpid() % 200), first + 100))
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that is free, and stays so until it is used.
+
+    The kernel gives ports from 32768 on to whoever asks for any; below them each pytest process has a hundred.
+    """
+    while True:
+        with suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", next(PORTS)))
+            return s.getsockname()[1]
 
 
 def _rank(environment: dict[str, str], outputs: list[Connection], function: Callable, args: tuple) -> None:

@@ -1,13 +1,16 @@
-"""What a launcher must say, and what happens when it does not."""
+"""What a launcher must say, what happens when it does not, and what the collectives return."""
 
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from megakexue.config import UserError
-from megakexue.dist import Ranks, read_ranks
+from megakexue.dist import ALONE, Ranks, barrier, count_over_ranks, gather, host_group, read_ranks, sum_over_ranks
+from tests.ranks import run_on_ranks
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
          "SLURM_STEP_NUM_TASKS")  # fmt: skip
@@ -22,7 +25,40 @@ def given(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
 
 def test_without_a_launcher_the_world_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, SLURM_STEP_NUM_TASKS="1")
-    assert read_ranks() == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    assert read_ranks() == ALONE == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    assert read_ranks().is_first
+
+
+def test_neighbouring_ranks_form_a_sequence_group() -> None:
+    world = [Ranks(rank=i, world_size=6, local_rank=i, local_world_size=6, sequence_size=2) for i in range(6)]
+    assert [(r.data_rank, r.sequence_rank) for r in world] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert {r.data_size for r in world} == {3}
+    assert (ALONE.data_rank, ALONE.data_size, ALONE.sequence_rank) == (0, 1, 0)
+
+
+def collectives() -> tuple[Any, ...]:
+    torch.distributed.init_process_group("gloo")
+    ranks = read_ranks()
+    group = host_group("test", 60.0)
+    assert host_group("test", 60.0) is group
+    barrier()
+    total = sum_over_ranks(torch.tensor([1.5, ranks.rank], dtype=torch.float64)).tolist()
+    merged = gather({f"rank {ranks.rank}": ranks.rank})
+    counts = count_over_ranks([True, ranks.is_first, False], group)
+    torch.distributed.destroy_process_group()
+    return total, merged, counts
+
+
+@pytest.mark.slow
+def test_every_rank_gets_the_result_of_a_collective() -> None:
+    results = run_on_ranks(3, collectives)
+    assert results == [([4.5, 3.0], {"rank 0": 0, "rank 1": 1, "rank 2": 2}, [3, 1, 0])] * 3
+
+
+def test_collectives_of_a_process_alone() -> None:
+    barrier()
+    assert gather({"a": 1}) == {"a": 1}
+    assert sum_over_ranks(torch.tensor([2.0])).tolist() == [2.0]
 
 
 @pytest.mark.slow
@@ -31,7 +67,7 @@ def test_a_world_of_one_needs_no_port() -> None:
     code = """
 import os
 from megakexue.config import EngineConfig
-from megakexue.engine import start
+from megakexue.run.engine import start
 from torch.distributed.distributed_c10d import _get_default_store as store
 
 ranks = start(EngineConfig())

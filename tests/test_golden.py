@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from megakexue.config import Config, load_config
-from megakexue.metrics import StepRecord, read_metrics
-from megakexue.prepare import PrepareArguments, prepare
+from megakexue.run.records import StepRecord, read_metrics
+from megakexue.text.prepare import PrepareArguments, prepare
+from tests.helpers import ROOT
 from tests.ranks import run_on_ranks
 
 GOLDEN = Path(__file__).parent / "golden"
-ROOT = Path(__file__).parents[1]
+
 SEQ_LEN = 128
 
 
@@ -29,7 +30,7 @@ def golden_config(name: str, folder: Path) -> Config:
 
 
 def train_golden(config: Config) -> None:
-    from megakexue.train import train
+    from megakexue.run.train import train
 
     train(config)
 

@@ -3,33 +3,58 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-LEVELS = [
-    {"config"},
-    {"dist", "tokenizer", "rope", "optim", "guard", "metrics"},
-    {"attention", "loss", "data", "prepare", "preemption"},
-    {"model"},
-    {"engine", "describe", "grow"},
-    {"checkpoint"},
-    {"export", "evaluate"},
-    {"generate", "replay", "train"},
-]
+from tests.helpers import ROOT
+
+FOLDERS = {
+    "": set(),
+    "text": {"config", "files"},  # files and processes, no torch
+    "core": {"config"},  # torch, no files and no ranks
+    "bundle": {"config", "files", "text", "core"},  # one bundle in one process
+    "run": {"config", "files", "dist", "text", "core", "bundle"},  # ranks and DeepSpeed
+}
+"""What each folder may import beside itself: modules of the top, and folders."""
+LEVELS = {
+    "": [{"config"}, {"files", "dist"}],
+    "text": [{"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards"}, {"prepare"}],
+    "core": [
+        {"axes", "batch", "bases", "device", "attention", "loss", "schedule", "segments", "rules"},
+        {"resolve", "rope", "optim"},
+        {"decoder"},
+        {"describe"},
+    ],
+    "bundle": [
+        {"bundle", "axis_maps"},
+        {"generate", "evaluate", "grow_checks"},
+        {"grow"},
+        {"trace", "grow_report"},
+    ],
+    "run": [
+        {"order", "source", "records", "guard", "preemption", "zero"},
+        {"rows", "metrics", "state", "folder"},
+        {"data", "engine"},
+        {"checkpoint"},
+        {"saves", "resume", "export", "replay"},
+        {"train"},
+    ],
+}
+"""Inside a folder, a module imports from lower levels only."""
 OWNERS = {
-    "omegaconf": {"config", "export"},  # export writes and reads the bundle's YAML
-    "sentencepiece": {"tokenizer"},
-    "google": {"tokenizer"},
-    "streaming": {"data"},
-    "xxhash": {"prepare"},
-    "pyarrow": {"prepare"},
-    "zstandard": {"prepare"},
-    "flash_attn": {"attention"},
-    "deepspeed": {"engine"},
-    "safetensors": {"checkpoint", "export", "replay"},
-    "rich": {"metrics"},
+    "omegaconf": {"config"},
+    "sentencepiece": {"text.tokenizer"},
+    "google": {"text.tokenizer"},
+    "streaming": {"run.source"},
+    "xxhash": {"text.duplicates", "text.shards"},
+    "pyarrow": {"text.inputs"},
+    "zstandard": {"text.inputs"},
+    "flash_attn": {"core.attention"},
+    "deepspeed": {"run.engine"},
+    "safetensors": {"bundle.bundle", "run.checkpoint", "run.replay"},
+    "rich": {"run.metrics"},
     "transformers": set(),
 }
 
@@ -45,19 +70,49 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-MODULES = {path.stem: path for path in (ROOT / "megakexue").glob("*.py") if path.stem != "__init__"}
+def dotted(path: Path) -> str:
+    """The name of a module below megakexue, such as run.train."""
+    return ".".join(path.relative_to(ROOT / "megakexue").with_suffix("").parts)
+
+
+ARTICLES = {
+    "7469", "8444", "8634", "8823", "8978", "9105", "9473", "9512", "9675", "9698", "9706", "9708", "9736", "9797",
+    "9811", "9812", "9859", "9948", "10091", "10122",
+}  # fmt: skip
+"""Of 科学空间, by the numbers of their addresses."""
+MODULES = {dotted(path): path for path in (ROOT / "megakexue").rglob("*.py") if path.stem != "__init__"}
+
+
+def folder_of(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of ours that a module imports."""
+    found = {name.removeprefix("megakexue.") for name in imports(MODULES[module])}
+    return found & MODULES.keys()
 
 
 def test_every_module_has_a_level() -> None:
-    assert set(MODULES) == set().union(*LEVELS)
+    named = {f"{folder}.{name}".lstrip(".") for folder, levels in LEVELS.items() for name in set().union(*levels)}
+    assert set(MODULES) == named
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_a_module_imports_only_from_lower_levels(name: str) -> None:
-    level = next(i for i, names in enumerate(LEVELS) if name in names)
-    lower = set().union(*LEVELS[:level])
-    used = {found.split(".")[1] for found in imports(MODULES[name]) if found.startswith("megakexue.")}
-    assert used & set(MODULES) <= lower
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_folder_imports_only_what_its_code_may_know(module: str) -> None:
+    folder = folder_of(module)
+    allowed = FOLDERS[folder]
+    used = {name for name in own_imports(module) if folder_of(name) != folder}
+    assert {name for name in used if folder_of(name) not in allowed and name not in allowed} == set()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_from_lower_levels_of_its_folder(module: str) -> None:
+    folder, _, own = module.rpartition(".")
+    level = next(i for i, names in enumerate(LEVELS[folder]) if own in names)
+    lower = set().union(*LEVELS[folder][:level])
+    used = {name.rpartition(".")[2] for name in own_imports(module) if folder_of(name) == folder}
+    assert used <= lower
 
 
 @pytest.mark.parametrize("package", sorted(OWNERS))
@@ -66,36 +121,72 @@ def test_each_package_has_one_owner(package: str) -> None:
     assert users == OWNERS[package]
 
 
-def test_readme_shows_the_real_tree() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"```text\n(megakexue/.*?)```", readme, re.DOTALL)
+def test_text_and_config_do_without_torch() -> None:
+    names = [f"megakexue.{name}" for name in MODULES if folder_of(name) == "text" or name in ("config", "files")]
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def tree(document: Path) -> set[str]:
+    """The paths in the first block of a document that begins with megakexue/; folders end in a slash."""
+    block = re.search(r"```text\n(megakexue/.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
-    shown, folder = set(), ""
+    shown: set[str] = set()
+    parents: list[tuple[int, str]] = []
     for line in block.group(1).splitlines():
-        name = line.split()[0] if line.split() else ""
-        if line.startswith(" "):
-            shown.add(folder + name)
-        elif name.endswith("/"):
-            folder = name
-        elif name:
-            shown.add(name)
+        name, indent = line.split()[0], len(line) - len(line.lstrip())
+        parents = [(at, folder) for at, folder in parents if at < indent]
+        path = (parents[-1][1] if parents else "") + name
+        shown.add(path)
+        if name.endswith("/"):
+            parents.append((indent, path))
+    return shown
+
+
+def real_files() -> set[str]:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     if listed.returncode:
         pytest.skip("the sources are not in a git repository, so the real tree is not known")
-    real = {path for path in listed.stdout.splitlines() if (ROOT / path).exists()}
-    # golden losses and the test files are summed up in one line each
-    summed = {path for path in real if path.startswith("tests/")} | {
-        path for path in shown if path.startswith("tests/")
+    return {path for path in listed.stdout.splitlines() if (ROOT / path).exists()}
+
+
+def test_readme_has_a_line_for_each_folder() -> None:
+    folders = {f"{Path(path).parent}/" for path in real_files() if "/" in path and not path.startswith((".", "tests/"))}
+    shown = tree(ROOT / "README.md")
+    assert {path for path in shown if path.endswith("/")} == folders | {"tests/"}
+    assert all((ROOT / path).exists() for path in shown)
+
+
+def test_design_has_a_line_for_each_file() -> None:
+    real = {p for p in real_files() if "/" in p and not p.startswith((".", "tests/")) and not p.endswith("__init__.py")}
+    assert {path for path in tree(ROOT / "docs" / "design.md") if not path.endswith("/")} == real
+
+
+def test_articles_are_links_at_their_first_use() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        linked = set(re.findall(r"\[(\d{4,5})\]\(https://kexue\.fm/archives/\1\)", text))
+        # plain numbers in parentheses, such as (8823) and (10091, DeepSeek-V2), are those of articles
+        named = set(re.findall(r"[(;,] ?(\d{4,5})(?=[);,])", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+        for number in named & ARTICLES | linked:
+            first = re.search(rf"\b{number}\b", text)
+            assert number in linked, f"{path.name}: {number} is not linked"
+            assert first is not None and text[first.start() - 1] == "[", f"{path.name}: {number} is linked too late"
+
+
+def test_every_test_file_mirrors_a_module_or_a_program() -> None:
+    tested = {
+        ".".join([*path.relative_to(ROOT / "tests").parts[:-1], path.stem.removeprefix("test_")])
+        for path in (ROOT / "tests").rglob("test_*.py")
     }
-    assert shown - summed == real - summed
-
-
-def test_every_test_file_mirrors_a_module_or_a_tool() -> None:
-    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
-    assert tested <= set(MODULES) | tools | {"layout", "golden", "recovery"}
+    programs = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for folder in ("launch", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert tested <= set(MODULES) | programs | {"layout", "golden", "run.recovery"}
     assert set(MODULES) <= tested
 
 
@@ -106,7 +197,8 @@ def test_documents_link_to_files_that_exist() -> None:
 
 
 def test_programs_are_executable_and_explain_themselves() -> None:
-    programs = [ROOT / "launch" / "train.py", *(ROOT / "tools").glob("*.py")]
+    shared = ROOT / "tools" / "experiments" / "common.py"
+    programs = {*(ROOT / "launch").rglob("*.py"), *(ROOT / "tools").rglob("*.py")} - {shared}
     for path in programs:
         text = path.read_text(encoding="utf-8")
         assert path.stat().st_mode & 0o111 and text.startswith("#!/usr/bin/env python\n"), path

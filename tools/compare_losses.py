@@ -11,8 +11,9 @@ import argparse
 import math
 from pathlib import Path
 
-from megakexue.config import UserError, require, run_program, write_whole
-from megakexue.metrics import StepRecord, read_metrics
+from megakexue.config import UserError, require, run_program
+from megakexue.files import write_whole
+from megakexue.run.records import StepRecord, read_metrics
 
 EPILOG = """\
 A and B are run folders, metrics.jsonl files or golden text files. Steps that only one of them has are not compared;

@@ -2,14 +2,13 @@
 """Say what a config is and costs before anything runs: sizes, scales, FLOPs, cache and model-state bytes."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from megakexue.config import UserError, load_config, require, run_program
 
 EPILOG = """\
 The lines are those that a run prints before its first step, with every setting resolved. Numbers come from formulas
-(megakexue/describe.py); nothing is allocated, and the data need not exist.
+(megakexue/core/describe.py); nothing is allocated, and the data need not exist.
 
 examples:
   tools/describe.py configs/1b.yaml --ranks 64
@@ -34,16 +33,17 @@ def main() -> None:
     config = load_config(args.config, args.overrides)
     config.train.n_micro_batches(args.ranks)
 
-    from megakexue.describe import describe, parameter_counts
-    from megakexue.model import axes, resolve, shape
-    from megakexue.rope import base_notes
+    from megakexue.core.axes import axes, shape
+    from megakexue.core.describe import describe, parameter_counts
+    from megakexue.core.resolve import resolve_config
+    from megakexue.core.rope import base_notes
 
     try:
-        model = resolve(config.model, config.optim.name, config.data.seq_len)
+        resolved = resolve_config(config)
     except UserError as error:
         raise UserError(f"{args.config}: {error}") from error
-    config = dataclasses.replace(config, model=model, optim=config.optim.resolved(model.tie_embeddings))
-    print(describe(config, args.ranks))
+    model = resolved.model
+    print(describe(resolved, args.ranks))
     for note in base_notes(model):
         print(note)
     if args.parameters:

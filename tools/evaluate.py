@@ -7,10 +7,14 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megakexue.config import DataConfig, SourceConfig, read_json, require, require_new_file, run_program, write_whole
-from megakexue.config import sha256 as sha256_of
+from megakexue.config import DataConfig, SourceConfig, require, run_program
+from megakexue.files import require_new_file, sha256, write_whole
+from megakexue.text.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from megakexue.bundle.evaluate import PositionLoss
 
 BATCH_TOKENS = 4096  # whose logits exist at a time; a longer row goes alone
 
@@ -61,66 +65,18 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_manifest(data: Path, split: str, tokenizer_sha256: str, bundle: Path) -> dict[str, Any]:
-    """Return the manifest of the data, checked against the bundle. Raises UserError."""
-    manifest = read_json(data / "manifest.json", "the manifest of prepared data")
-    missing = {"tokenizer_sha256", "seq_len", "splits"} - manifest.keys()
-    require(not missing, f"{data}/manifest.json lacks {sorted(missing)}: prepare the data again")
-    require(
-        manifest["tokenizer_sha256"] == tokenizer_sha256,
-        f"{data} was prepared with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}) than that of "
-        f"{bundle} ({tokenizer_sha256[:12]}): prepare the data with {bundle}/tokenizer.model",
-    )
-    n_rows = (manifest["splits"].get(split) or {}).get("rows", 0)
-    require(n_rows > 0, f"{data} has no rows in its {split} split: prepare it with a larger --valid-fraction")
-    return manifest
-
-
-def main() -> None:
-    args = parse_arguments()
-
-    # seconds of imports, which a mistake in the arguments should not cost
-    from megakexue import dist
-    from megakexue.attention import choose_backend
-    from megakexue.data import Batches
-    from megakexue.evaluate import changed, loss_by_position, position_edges
-    from megakexue.export import Bundle
-    from megakexue.generate import load_decoder
-
-    bundle = Bundle(args.bundle)
-    bundle.load_tokenizer()  # refuses one that is not of these weights
-    manifest = read_manifest(args.data, args.split, sha256_of(bundle.tokenizer), args.bundle)
-    seq_len, n_rows = manifest["seq_len"], manifest["splits"][args.split]["rows"]
-    n_rows = min(n_rows, args.n_rows or n_rows)
-    context = bundle.config.rope.context or seq_len
-    bundle.config, backend_setting = changed(bundle.config, args.set)
-    device, dtype = dist.device(args.device), dist.DTYPES[args.dtype]
-    widths = bundle.config.head_width, bundle.config.value_width
-    backend, _ = choose_backend(backend_setting, device.type, dtype, *widths, seq_len)
-    model = load_decoder(bundle, device, dtype, backend)
-
-    source = SourceConfig(path=str(args.data))
-    data = DataConfig(sources=[source], tokenizer=str(bundle.tokenizer), seq_len=seq_len, shuffle=False)
-    rows_at_a_time = max(1, BATCH_TOKENS // seq_len)
-    batches = Batches(
-        data, split=args.split, global_batch_size=rows_at_a_time, micro_batch_size=rows_at_a_time,
-        rank=0, world_size=1, local_rank=0, local_world_size=1, cache=args.data,
-    )  # fmt: skip
-    edges = position_edges(seq_len) if args.by_position else [0, seq_len]
-    parts = loss_by_position(model, batches.first_rows(n_rows), edges, one_document=args.one_document)
-    batches.close()
-
+def report(args: argparse.Namespace, parts: "list[PositionLoss]", n_rows: int, seq_len: int, context: int) -> None:
+    """Print the losses of the first rows, and write them to --json. Raises UserError when there is no finite loss."""
     n_tokens = sum(part.n_tokens for part in parts)
     require(n_tokens > 0, f"none of the {n_rows} rows is filled by one document: raise --n-rows, or use shorter rows")
     loss = sum(part.loss_sum for part in parts) / n_tokens
     require(math.isfinite(loss), f"the loss is not finite in {args.dtype}: evaluate with --dtype fp32")
-    which = " that one document fills" if args.one_document else ""
     print(f"{args.bundle} on the {args.split} split of {args.data}: {n_rows} rows of {seq_len} tokens")
     if args.set:
         print(f"changed     {', '.join(args.set)}")
     elif seq_len > context:
         print(f"note: these rows are longer than the {context} tokens of the model's RoPE context", file=sys.stderr)
-    print(f"tokens      {n_tokens:,}" + (f", of the rows{which}" if which else ""))
+    print(f"tokens      {n_tokens:,}" + (", of the rows that one document fills" if args.one_document else ""))
     print(f"loss        {loss:.4f} nats per token")
     print(f"perplexity  {math.exp(loss):.4g}")
     if args.by_position:
@@ -138,6 +94,49 @@ def main() -> None:
         if args.by_position:
             content["by_position"] = [dataclasses.asdict(part) for part in parts]
         write_whole(args.json, json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    args = parse_arguments()
+
+    # seconds of imports, which a mistake in the arguments should not cost
+    from megakexue.bundle.bundle import Bundle
+    from megakexue.bundle.evaluate import changed, loss_by_position, position_edges
+    from megakexue.bundle.generate import load_decoder
+    from megakexue.core.attention import choose_backend
+    from megakexue.core.device import DTYPES, find_device
+    from megakexue.dist import ALONE
+    from megakexue.run.data import Batches
+
+    bundle = Bundle(args.bundle)
+    bundle.load_tokenizer()  # refuses one that is not of these weights
+    manifest, digest = read_manifest(args.data), sha256(bundle.tokenizer)
+    require(
+        manifest.tokenizer_sha256 == digest,
+        f"{args.data} was prepared with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}) than that of "
+        f"{args.bundle} ({digest[:12]}): prepare the data with {args.bundle}/tokenizer.model",
+    )
+    seq_len, n_rows = manifest.seq_len, manifest.n_rows(args.split)
+    require(n_rows > 0, f"{args.data} has no rows in its {args.split} split: prepare it with a larger --valid-fraction")
+    n_rows = min(n_rows, args.n_rows or n_rows)
+    context = bundle.config.rope.context
+    bundle.config, backend_setting = changed(bundle.config, args.set)
+    device, dtype = find_device(args.device), DTYPES[args.dtype]
+    widths = bundle.config.head_width, bundle.config.value_width
+    backend, _ = choose_backend(backend_setting, device.type, dtype, *widths, seq_len)
+    model = load_decoder(bundle, device, dtype, backend)
+
+    source = SourceConfig(path=str(args.data))
+    data = DataConfig(sources=[source], tokenizer=str(bundle.tokenizer), seq_len=seq_len, shuffle=False)
+    rows_at_a_time = max(1, BATCH_TOKENS // seq_len)
+    batches = Batches(
+        data, split=args.split, global_batch_size=rows_at_a_time, micro_batch_size=rows_at_a_time,
+        ranks=ALONE, cache=args.data,
+    )  # fmt: skip
+    edges = position_edges(seq_len) if args.by_position else [0, seq_len]
+    parts = loss_by_position(model, batches.first_rows(n_rows), edges, one_document=args.one_document)
+    batches.close()
+    report(args, parts, n_rows, seq_len, context)
 
 
 if __name__ == "__main__":

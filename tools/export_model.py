@@ -9,7 +9,7 @@ from megakexue.config import require, run_program
 EPILOG = """\
 A bundle is what generation, evaluation, growth, conversion and train.init_from start from; no DeepSpeed is needed to
 read it. The weights come from the checkpoint's fp32 masters, whatever the dtype, ZeRO stage and ranks of the run.
-Use fp32 for anything that trains on; bf16 and fp16 halve the size.
+Use fp32 for a bundle that is trained further; bf16 and fp16 halve the size.
 
 examples:
   tools/export_model.py runs/1b --out bundles/1b
@@ -38,9 +38,10 @@ def main() -> None:
     require(args.overwrite or not args.out.exists(), f"{args.out} exists: choose another name, or add --overwrite")
 
     # seconds of imports, which a mistake in the arguments should not cost
-    from megakexue.describe import n_parameters
-    from megakexue.dist import DTYPES
-    from megakexue.export import Bundle, export_run
+    from megakexue.bundle.bundle import Bundle
+    from megakexue.core.describe import n_parameters
+    from megakexue.core.device import DTYPES
+    from megakexue.run.export import export_run
 
     export_run(
         args.run, args.out, step=args.step, dtype=DTYPES[args.dtype], overwrite=args.overwrite,

@@ -30,9 +30,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by tools/export_model.py")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
-        "--prompt", action="append", metavar="TEXT",
+        "--prompt",
+        action="append",
+        metavar="TEXT",
         help="text to continue; may be empty, and be given several times (default: read from stdin)",
-    )  # fmt: skip
+    )
     prompt.add_argument("--prompt-file", action="append", type=Path, metavar="FILE", help="the same, from a file")
     parser.add_argument("--n-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: 0.8)")
@@ -82,18 +84,18 @@ def main() -> None:
     texts = [text for text in read_prompts(args) for _ in range(args.n_samples)]
 
     # seconds of imports, which a mistake in the arguments should not cost
-    from megakexue import dist
-    from megakexue.export import Bundle
-    from megakexue.generate import complete, encode_prompt, load_decoder
-    from megakexue.model import Cache
+    from megakexue.bundle.bundle import Bundle
+    from megakexue.bundle.generate import complete, encode_prompt, load_decoder
+    from megakexue.core.decoder import Cache
+    from megakexue.core.device import DTYPES, find_device
 
     bundle = Bundle(args.bundle)
     tokenizer = bundle.load_tokenizer()
-    model = load_decoder(bundle, dist.device(args.device), dist.DTYPES[args.dtype])
+    model = load_decoder(bundle, find_device(args.device), DTYPES[args.dtype])
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     n_total = max(map(len, prompts)) + args.n_tokens
     context = bundle.config.rope.context
-    if context and n_total > context:
+    if n_total > context:
         print(f"warning: {n_total} tokens are more than the {context} of the model's RoPE context", file=sys.stderr)
 
     caches = [Cache() for _ in model.blocks]

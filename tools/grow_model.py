@@ -6,11 +6,23 @@ import dataclasses
 import sys
 import tempfile
 import time
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megakexue.config import SourceConfig, check_inputs, load_config, require, run_program, sha256
+from megakexue import __version__
+from megakexue.config import DataConfig, ResolvedConfig, SourceConfig, load_config, require, run_program
+from megakexue.files import sha256
+from megakexue.text.manifest import check_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakexue.bundle.bundle import Bundle, OptimizerInfo
+    from megakexue.bundle.grow import Growth
+    from megakexue.bundle.trace import Difference
+    from megakexue.core.batch import Batch
+    from megakexue.run.export import RunCheckpoint
 
 VERIFIED_TOKENS = 512  # of held-out text: enough to touch every head and unit, and seconds for a small model
 
@@ -58,7 +70,8 @@ def parse_arguments() -> argparse.Namespace:
         "--noise",
         type=float,
         default=1.0,
-        help="of what cancels in readers, and parts copies; 1 is the size of new weights (default: 1)",
+        help="size of the random part of grown matrices, which cancels on the old activations and makes copies differ; "
+        "1 is that of new weights (default: 1)",
     )
     parser.add_argument(
         "--depth",
@@ -92,14 +105,13 @@ def main() -> None:
     check_inputs(config)
 
     # seconds of imports, which a mistake in the arguments should not cost
-    import torch
-
-    from megakexue import __version__
-    from megakexue.data import Batches
-    from megakexue.describe import flops_per_token, n_parameters
-    from megakexue.export import Bundle, check_out, open_source, state_kinds, write_bundle
-    from megakexue.grow import Choices, Difference, Growth, grown_state, grown_weights
-    from megakexue.model import resolve
+    from megakexue.bundle.axis_maps import Choices
+    from megakexue.bundle.bundle import check_out, write_bundle
+    from megakexue.bundle.grow import Growth, grown_state
+    from megakexue.bundle.trace import grown_weights
+    from megakexue.core.describe import n_parameters
+    from megakexue.core.resolve import resolve_config
+    from megakexue.run.export import open_source
 
     source = open_source(args.source, args.step)
     require(
@@ -107,115 +119,155 @@ def main() -> None:
         f"data.tokenizer={config.data.tokenizer} is not the tokenizer of {args.source}, so its ids mean other text: "
         f"prepare the data with {source.tokenizer}",
     )
-    new = resolve(config.model, config.optim.name, config.data.seq_len)
+    target = resolve_config(config)
     choices = Choices(width=args.width, units=args.units, noise=args.noise, depth=args.depth, seed=args.seed)
-    growth = Growth(source.config, new, choices)
-
-    optim = config.optim.resolved(new.tie_embeddings)
-    optimizer, why = None, "left out, as --optimizer reset says"
-    if args.optimizer != "reset":
-        optimizer, why = _optimizer(source.optimizer, dataclasses.asdict(optim))
-        require(
-            optimizer is not None or args.optimizer is None,
-            f"--optimizer keep: {why}: export the bundle with --optimizer, or set optim.name to that of the state",
-        )
-    require(
-        optimizer is not None or config.train.init_optimizer == "reset",
-        f"train.init_optimizer=keep, but {args.out or 'the bundle'} would have no state: {why}: set "
-        "train.init_optimizer=reset, or grow from a run or a bundle with that optimizer's state",
-    )
-
-    context = (config.data.seq_len + 1) / 2
-    sizes = [n_parameters(c) for c in (source.config, new)]
-    flops = [flops_per_token(c, context) for c in (source.config, new)]
-    print("\n".join(growth.plan()))
-    for what, (a, b) in (("parameters", sizes), ("FLOP per token", flops)):
-        print(f"{what:<16} {a:>8.4g} -> {b:<8.4g} {b / a:.3g} times")
-    print(f"optimizer        {why}")
-    if growth.locked:
-        print(f"WARNING: with --noise 0 the copies of {', '.join(growth.locked)} get equal gradients and stay equal")
-    if choices.depth == "zero" and new.n_layers > source.config.n_layers and optim.name == "tiger":
-        print(f"WARNING: tiger moves the zero matrices of new blocks by optim.rms_floor={optim.rms_floor:g} alone; "
-              "--depth pair learns at once")  # fmt: skip
+    growth = Growth(source.config, target.model, choices)
+    optimizer, why = choose_optimizer(args, target, source.optimizer)
+    print_plan(growth, target, why)
     if args.dry_run:
         return
     check_out(args.out, args.overwrite)
+    batch = held_out_batch(target.data)
+    lineage = lineage_of(growth, source, args.source)
 
-    seq_len = min(config.data.seq_len, VERIFIED_TOKENS)
-    n_rows = max(1, VERIFIED_TOKENS // config.data.seq_len)
-    data = dataclasses.replace(config.data, sources=[SourceConfig(path=s.path) for s in config.data.sources])
+    def report(differences: list["Difference"]) -> None:
+        show_progress("")
+        check_differences(growth, differences, batch.tokens.numel())
+        lineage["verified"] = [dataclasses.asdict(d) | {"losses": list(d.losses)} for d in differences]
+
+    began = time.perf_counter()
+    weights = grown_weights(growth, lambda name: source.tensor("master", name), batch, report)
+    write_bundle(
+        args.out, growth.new, with_progress(weights), source.tokenizer, lineage, overwrite=args.overwrite,
+        optimizer=optimizer,
+        state=with_progress(grown_state(growth, optimizer.kinds, source.tensor)) if optimizer else (),
+    )  # fmt: skip
+    n_bytes, seconds = sum(path.stat().st_size for path in args.out.iterdir()), time.perf_counter() - began
+    print(f"{args.out}: {n_parameters(growth.new):,} parameters, {n_bytes:,} bytes, in {seconds:.0f} s")
+    if not growth.is_lossless:
+        print("WARNING: --depth stack is not lossless: this is another function, which has to be trained back first")
+
+
+def choose_optimizer(
+    args: argparse.Namespace, target: ResolvedConfig, state: "OptimizerInfo | None"
+) -> tuple["OptimizerInfo | None", str]:
+    """Return what the grown state belongs to (None: it is left out), and what is said of it.
+
+    Raises:
+        UserError: it is left out, and --optimizer or train.init_optimizer asks for it.
+    """
+    from megakexue.bundle.bundle import OptimizerInfo
+
+    wanted = OptimizerInfo.of(target.optim)
+    if args.optimizer == "reset":
+        why = "left out, as --optimizer reset says"
+    elif state is None:
+        why = "no state in the source"
+    elif state.family != wanted.family:
+        own, other = (f"{x.name}, optim.embedding={x.embedding}" for x in (state, wanted))
+        why = f"left out: the state is of {own}, and the target's optimizer is {other}"
+    else:
+        grown = dataclasses.replace(state, embedding=wanted.embedding)
+        return grown, f"{state.name}'s state after {state.n_updates} updates grows too"
+    require(
+        args.optimizer != "keep",
+        f"--optimizer keep: {why}: export the bundle with --optimizer, or set optim.name to that of the state",
+    )
+    require(
+        target.train.init_optimizer == "reset",
+        f"train.init_optimizer=keep, but {args.out or 'the bundle'} would have no state: {why}: set "
+        "train.init_optimizer=reset, or grow from a run or a bundle with that optimizer's state",
+    )
+    return None, why
+
+
+def print_plan(growth: "Growth", target: ResolvedConfig, optimizer: str) -> None:
+    """Print what growth does to each axis, what it costs, and which choices hold the model back."""
+    from megakexue.bundle.grow_checks import locked_axes
+    from megakexue.bundle.grow_report import plan
+    from megakexue.core.describe import flops_per_token, n_parameters
+
+    old, new, choices = growth.old, growth.new, growth.choices
+    context = (target.data.seq_len + 1) / 2
+    sizes = [n_parameters(c) for c in (old, new)]
+    flops = [flops_per_token(c, context) for c in (old, new)]
+    print("\n".join(plan(growth)))
+    for what, (a, b) in (("parameters", sizes), ("FLOP per token", flops)):
+        print(f"{what:<16} {a:>8.4g} -> {b:<8.4g} {b / a:.3g} times")
+    print(f"optimizer        {optimizer}")
+    if locked := locked_axes(old, new, choices):
+        print(f"WARNING: with --noise 0 the copies of {', '.join(locked)} get equal gradients and stay equal")
+    if choices.depth == "zero" and new.n_layers > old.n_layers and target.optim.name == "tiger":
+        print(
+            f"WARNING: tiger moves the zero matrices of new blocks by optim.rms_floor={target.optim.rms_floor:g} "
+            "alone; --depth pair learns at once"
+        )
+
+
+def held_out_batch(data: DataConfig) -> "Batch":
+    """Return VERIFIED_TOKENS of held-out text: the first rows, or the beginning of a longer one."""
+    from megakexue.dist import ALONE
+    from megakexue.run.data import Batches
+
+    seq_len, n_rows = min(data.seq_len, VERIFIED_TOKENS), max(1, VERIFIED_TOKENS // data.seq_len)
+    data = dataclasses.replace(data, sources=[SourceConfig(path=s.path) for s in data.sources])
     with tempfile.TemporaryDirectory() as cache:
         batches = Batches(
-            data, split="valid", global_batch_size=n_rows, micro_batch_size=n_rows, rank=0, world_size=1, local_rank=0,
-            local_world_size=1, cache=Path(data.cache or cache),
+            data, split="valid", global_batch_size=n_rows, micro_batch_size=n_rows, ranks=ALONE,
+            cache=Path(data.cache or cache),
         )  # fmt: skip
         batch = next(batches.first_rows(n_rows))
         batches.close()
     tokens, targets, positions = (x[:, :seq_len] for x in (batch.tokens, batch.targets, batch.positions))
     starts = [*(positions.flatten() == 0).nonzero().flatten().tolist(), tokens.numel()]
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
-    batch = dataclasses.replace(batch, tokens=tokens, targets=targets, positions=positions, cu_seqlens=cu_seqlens)
+    cu_seqlens = batch.cu_seqlens.new_tensor(starts)
+    return dataclasses.replace(batch, tokens=tokens, targets=targets, positions=positions, cu_seqlens=cu_seqlens)
+
+
+def lineage_of(growth: "Growth", source: "RunCheckpoint | Bundle", path: Path) -> dict[str, Any]:
+    """Return where the weights come from, as config.yaml of the bundle tells it."""
+    from megakexue.bundle.bundle import Bundle
+    from megakexue.bundle.grow_report import plan
 
     lineage: dict[str, Any] = {
-        "from": "growth", "source": str(args.source), "step": source.lineage.get("step"),
+        "from": "growth", "source": str(path), "step": source.lineage.get("step"),
         "tokens": source.lineage.get("tokens"), "data": source.lineage.get("data"),
-        "choices": dataclasses.asdict(choices), "plan": growth.plan(), "of": source.lineage, "megakexue": __version__,
+        "choices": dataclasses.asdict(growth.choices), "plan": plan(growth), "of": source.lineage,
+        "megakexue": __version__,
     }  # fmt: skip
     if isinstance(source, Bundle):
         lineage["source_manifest"] = sha256(source.folder / "manifest.json")
-
-    def report(differences: list[Difference]) -> None:
-        _progress("")
-        for d in differences:
-            print(
-                f"{d.dtype:<9} norm_eps {d.norm_eps:g}: {batch.tokens.numel()} tokens' logits differ by at most "
-                f"{d.largest:.2e} (bound {d.bound:.2e}, deviation {d.deviation:.3g}); loss {d.losses[0]:.6f} -> "
-                f"{d.losses[1]:.6f} nats"
-            )
-        too_large = "the maps are right, but these weights lose as much to rounding"
-        if growth.feels_eps:
-            too_large += " or to norm_eps in new norms: keep model.n_layers and model.residual_alpha"
-        causes = {"float64": "this is a defect: report the two configs", "float32": too_large}
-        for d in differences if growth.is_lossless else ():
-            require(
-                d.is_small,
-                f"the grown model is not the old one in {d.dtype}: its logits differ by {d.largest:.2e}, more than "
-                f"{d.bound:.2e}; nothing is written: {causes[d.dtype]}",
-            )
-        lineage["verified"] = [dataclasses.asdict(d) | {"losses": list(d.losses)} for d in differences]
-
-    def with_progress(tensors: Any) -> Any:
-        for name, tensor in tensors:
-            _progress(name)
-            yield name, tensor
-        _progress("")
-
-    began = time.perf_counter()
-    write_bundle(
-        args.out, new, with_progress(grown_weights(growth, lambda name: source.tensor("master", name), batch, report)),
-        source.tokenizer, lineage, overwrite=args.overwrite, optimizer=optimizer,
-        state=with_progress(grown_state(growth, partial(state_kinds, optimizer), source.tensor) if optimizer else ()),
-    )  # fmt: skip
-    n_bytes = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"{args.out}: {sizes[1]:,} parameters, {n_bytes:,} bytes, in {time.perf_counter() - began:.0f} s")
-    if not growth.is_lossless:
-        print("WARNING: --depth stack is not lossless: this is another function, which has to be trained back first")
+    return lineage
 
 
-def _optimizer(state: dict[str, Any] | None, target: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Return what the grown state is of (None: there is none) and the reason."""
-    from megakexue.export import family
+def check_differences(growth: "Growth", differences: list["Difference"], n_tokens: int) -> None:
+    """Print how far the grown model is from the old one. Raises UserError: farther than rounding explains."""
+    for d in differences:
+        print(
+            f"{d.dtype:<9} norm_eps {d.norm_eps:g}: {n_tokens} tokens' logits differ by at most {d.largest:.2e} "
+            f"(bound {d.bound:.2e}, deviation {d.deviation:.3g}); loss {d.losses[0]:.6f} -> {d.losses[1]:.6f} nats"
+        )
+    too_large = "the maps are right, but these weights lose as much to rounding"
+    if growth.feels_eps:
+        too_large += " or to norm_eps in new norms: keep model.n_layers and model.residual_alpha"
+    causes = {"float64": "this is a defect: report the two configs", "float32": too_large}
+    for d in differences if growth.is_lossless else ():
+        require(
+            d.is_small,
+            f"the grown model is not the old one in {d.dtype}: its logits differ by {d.largest:.2e}, more than "
+            f"{d.bound:.2e}; nothing is written: {causes[d.dtype]}",
+        )
 
-    if state is None:
-        return None, "no state in the source"
-    if family(state) != family(target):
-        own, other = (f"{x['name']}, optim.embedding={x['embedding']}" for x in (state, target))
-        return None, f"left out: the state is of {own}, and the target's optimizer is {other}"
-    grown = state | {"embedding": target["embedding"]}
-    return grown, f"{state['name']}'s state after {state['n_updates']} updates grows too"
+
+def with_progress(tensors: Iterable[tuple[str, "Tensor"]]) -> Iterator[tuple[str, "Tensor"]]:
+    """Pass tensors on, and show the name of the one at hand."""
+    for name, tensor in tensors:
+        show_progress(name)
+        yield name, tensor
+    show_progress("")
 
 
-def _progress(text: str) -> None:
+def show_progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train with non-finite numbers put into random micro-batches, to see what the guard makes of them on your config."""
+"""Train with non-finite numbers in random micro-batches, to see what the guard does about them on your config."""
 
 import argparse
 import random
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import check_inputs, load_config, require, run_program
+from megakexue.config import load_config, require, run_program
+from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
 example, on the data of `make demo`:
@@ -16,8 +17,8 @@ example, on the data of `make demo`:
       train.run=runs/faults train.steps=300 guard.on_nonfinite=shrink
 
 Each fault is one number in one micro-batch of one rank: NaN, or infinity of either sign, in the output of a block or in
-its gradient. All ranks draw the same ones from --seed. The run ends as launch/train.py would: every fault
-is a line of the log with its rank and rows, and metrics.jsonl counts what the guard did.
+its gradient. All ranks draw the same faults from --seed. Otherwise the run is one of launch/train.py: the log has a
+line for each fault with its rank and rows, and metrics.jsonl has what the guard did at each step.
 """
 
 
@@ -44,10 +45,10 @@ def draw(n: int, seed: int, *, steps: int, ranks: int, micro_batches: int, block
 
 
 def install(faults: list[Fault], *, rank: int, micro_batches: int) -> None:
-    """Make the decoder of this process have the faults of its rank."""
+    """Put the faults of this rank into the decoder of this process."""
     import torch
 
-    from megakexue.model import Block, Decoder
+    from megakexue.core.decoder import Block, Decoder
 
     own = {((f.step - 1) * micro_batches + f.micro_batch, f.block): f for f in faults if f.rank == rank}
     decoder_forward, block_forward, counts = Decoder.forward, Block.forward, {"micro": -1, "block": -1}
@@ -95,8 +96,8 @@ def main() -> None:
         f"train.run={config.train.run} has checkpoints: faults are counted from step 1, so choose a new train.run",
     )
     from megakexue import dist
-    from megakexue.guard import TrainingStopped
-    from megakexue.train import train
+    from megakexue.run.guard import TrainingStopped
+    from megakexue.run.train import train
 
     ranks = dist.read_ranks()
     micro_batches = config.train.n_micro_batches(ranks.world_size)

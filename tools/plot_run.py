@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from megakexue.config import UserError, require, require_new_file, run_program
-from megakexue.metrics import Status, StepRecord, ValidationRecord, human_count, read_metrics
+from megakexue.config import Status, UserError, require, run_program
+from megakexue.files import require_new_file
+from megakexue.run.metrics import human_count
+from megakexue.run.records import StepRecord, ValidationRecord, read_metrics
 
 EPILOG = """\
 examples:
@@ -22,13 +24,17 @@ examples:
   tools/plot_run.py runs/125m runs/125m_tiger --out both.png --baseline unigram=6.93
   tools/plot_run.py runs/125m --report --baseline unigram=6.93
 
-A baseline is a loss in nats per token that the curve is to be seen against, such as the entropy of the unigram
-frequencies, which a model that ignores the context cannot beat.
+A baseline is a loss in nats per token, drawn as a line to compare the curve with. One is the entropy of the unigram
+frequencies: a model that ignores the context cannot get below it.
 """
 
 CURVE_WIDTH, CURVE_HEIGHT = 60, 12  # characters; each is 2 by 4 dots of braille
 N_BAD_SHOWN = 3  # of the steps that were not applied, for each status
 N_SMOOTHED = 50  # a smoothed point averages one part in so many of the run
+STYLE: Any = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.6", "axes.grid": True,
+    "grid.color": "0.92", "axes.axisbelow": True, "xtick.color": "0.3", "ytick.color": "0.3", "legend.frameon": False,
+}  # fmt: skip
 
 
 class Run:
@@ -60,6 +66,64 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
+def draw_run(run: Run, index: int, loss: Any, norm: Any, lr: Any) -> tuple[float, float]:
+    """Draw the curves of one run into the three panels. Return the lowest and the highest loss to be shown."""
+    color = f"C{index}"
+    steps, values = run.column("loss")
+    curve = smoothed(values)
+    loss.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
+    loss.plot(steps, curve, color=color, linewidth=1.6, label=f"{run.name}: {curve[-1]:.3f}")
+    low = float(np.percentile(values, 0.5))
+    high = float(curve[len(curve) // 100 :].max())  # the first fall of a long run would flatten the rest
+    if run.valid:
+        at, valid = [record.step for record in run.valid], [record.loss for record in run.valid]
+        label = f"{run.name} validation: {valid[-1]:.3f}"
+        loss.plot(at, valid, "o", color=color, markersize=4.5, markeredgecolor="white", label=label, zorder=3)
+    steps, values = run.column("grad_norm")
+    steps, values = steps[values > 0], values[values > 0]
+    if len(values):
+        norm.set_yscale("log")
+        norm.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
+        norm.plot(steps, np.exp(smoothed(np.log(values))), color=color, linewidth=1.4)
+    lr.plot(*run.column("lr"), color=color, linewidth=1.4, linestyle="--" if index else "-")
+    bad = [record.step for record in run.train if record.status != "applied"]
+    if bad:
+        # a rug on the step axis: these steps often have no loss to draw a point at
+        label = f"{run.name}: {len(bad)} not applied"
+        rug = {"marker": "|", "markersize": 9, "linestyle": "none", "transform": norm.get_xaxis_transform()}
+        norm.plot(bad, [0.0] * len(bad), color=color, label=label, clip_on=False, **rug)
+    return low, high
+
+
+def label_panels(loss: Any, norm: Any, lr: Any) -> None:
+    """Give the panels their legends, labels and ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    above = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1),
+        "borderaxespad": 0.2,
+        "ncols": 2,
+    }  # off curves and baselines
+    loss.set_ylabel("loss (nats per token)")
+    loss.legend(**above)
+    norm.set_ylabel("gradient norm")
+    if norm.get_yscale() == "log":
+        lowest, highest = norm.get_ylim()
+        norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 50 * lowest else (1,), numticks=6))
+        norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        norm.yaxis.set_minor_locator(NullLocator())
+    if norm.get_legend_handles_labels()[0]:
+        norm.legend(**above)
+    lr.set_ylabel("learning rate")
+    lr.set_ylim(bottom=0)
+    lr.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lr.set_xlabel("step")
+    lr.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    lr.margins(x=0.01)
+    lr.xaxis.set_major_formatter(FuncFormatter(lambda step, _: human_count(step)))
+
+
 def plot(runs: list[Run], baselines: dict[str, float], out: Path) -> None:
     """Write the PNG: loss over gradient norm over learning rate, against steps."""
     try:
@@ -68,81 +132,20 @@ def plot(runs: list[Run], baselines: dict[str, float], out: Path) -> None:
         raise UserError("--out needs matplotlib, which is not installed: pip install 'matplotlib>=3.9'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    style: Any = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "0.6",
-        "axes.grid": True,
-        "grid.color": "0.92",
-        "axes.axisbelow": True,
-        "xtick.color": "0.3",
-        "ytick.color": "0.3",
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, (loss, norm, lr) = plt.subplots(
             3, 1, sharex=True, figsize=(9, 8), height_ratios=(4, 1.5, 1.5), layout="constrained"
         )
-        lows, highs = list(baselines.values()), list(baselines.values())
-        for index, run in enumerate(runs):
-            color = f"C{index}"
-            steps, values = run.column("loss")
-            curve = smoothed(values)
-            loss.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
-            loss.plot(steps, curve, color=color, linewidth=1.6, label=f"{run.name}: {curve[-1]:.3f}")
-            lows.append(np.percentile(values, 0.5))
-            highs.append(curve[len(curve) // 100 :].max())  # the first fall of a long run would flatten the rest
-            if run.valid:
-                at, valid = [record.step for record in run.valid], [record.loss for record in run.valid]
-                label = f"{run.name} validation: {valid[-1]:.3f}"
-                loss.plot(at, valid, "o", color=color, markersize=4.5, markeredgecolor="white", label=label, zorder=3)
-            steps, values = run.column("grad_norm")
-            steps, values = steps[values > 0], values[values > 0]
-            if len(values):
-                norm.set_yscale("log")
-                norm.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
-                norm.plot(steps, np.exp(smoothed(np.log(values))), color=color, linewidth=1.4)
-            lr.plot(*run.column("lr"), color=color, linewidth=1.4, linestyle="--" if index else "-")
-            bad = [record.step for record in run.train if record.status != "applied"]
-            if bad:
-                # a rug on the step axis: these steps often have no loss to draw a point at
-                label = f"{run.name}: {len(bad)} not applied"
-                rug = {"marker": "|", "markersize": 9, "linestyle": "none", "transform": norm.get_xaxis_transform()}
-                norm.plot(bad, [0.0] * len(bad), color=color, label=label, clip_on=False, **rug)
-        margin = 0.05 * (max(highs) - min(lows) or 1.0)
-        loss.set_ylim(min(lows) - margin, max(highs) + margin)
+        ends = [draw_run(run, index, loss, norm, lr) for index, run in enumerate(runs)]
+        shown = [*baselines.values(), *(end for pair in ends for end in pair)]
+        margin = 0.05 * (max(shown) - min(shown) or 1.0)
+        loss.set_ylim(min(shown) - margin, max(shown) + margin)
         for name, value in baselines.items():
             loss.axhline(value, color="0.35", linewidth=1, linestyle=(0, (5, 4)))
-            text = f"{name} {value:.3f}"
-            loss.annotate(
-                text, (1, value), (0, 3), xycoords=loss.get_yaxis_transform(), textcoords="offset points", ha="right"
-            )
-        loss.set_ylabel("loss (nats per token)")
-        above = {
-            "loc": "lower left",
-            "bbox_to_anchor": (0, 1),
-            "borderaxespad": 0.2,
-            "ncols": 2,
-        }  # off curves and baselines
-        loss.legend(**above)
-        norm.set_ylabel("gradient norm")
-        if norm.get_yscale() == "log":
-            lowest, highest = norm.get_ylim()
-            norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 50 * lowest else (1,), numticks=6))
-            norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            norm.yaxis.set_minor_locator(NullLocator())
-        if norm.get_legend_handles_labels()[0]:
-            norm.legend(**above)
-        lr.set_ylabel("learning rate")
-        lr.set_ylim(bottom=0)
-        lr.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        lr.set_xlabel("step")
-        lr.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        lr.margins(x=0.01)
-        lr.xaxis.set_major_formatter(FuncFormatter(lambda step, _: human_count(step)))
+            text, place = f"{name} {value:.3f}", loss.get_yaxis_transform()
+            loss.annotate(text, (1, value), (0, 3), xycoords=place, textcoords="offset points", ha="right")
+        label_panels(loss, norm, lr)
         figure.align_ylabels()
         temporary = out.with_name(out.name + ".tmp")
         figure.savefig(temporary, format="png", dpi=150)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn text into the folder of token rows that training reads; megakexue/prepare.py says how."""
+"""Turn text into the folder of token rows that training reads; megakexue/text/prepare.py says how."""
 
 import argparse
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megakexue.config import run_program
-from megakexue.prepare import REASONS, PrepareArguments, Progress, prepare
+from megakexue.text.inputs import REASONS
+from megakexue.text.prepare import PrepareArguments, Progress, prepare
 
 EPILOG = """
 INPUT is a file, a folder (all its files, but hidden ones) or a quoted glob. Each of these is one document:
@@ -57,13 +58,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class ProgressDisplay:
-    """A bar on a terminal; elsewhere, as in a log, a line every ten seconds."""
+    """Shows a bar on a terminal, and writes a line every ten seconds to anything else, such as a log."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
         self.bar = None
         if sys.stderr.isatty():
-            # Imported here, since every worker imports this file.
+            # imported here, because every worker imports this file
             from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -92,6 +93,7 @@ class ProgressDisplay:
 
 
 def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
+    """Return the lines that say what was written, dropped and skipped."""
     lines = []
     for name, split in manifest["splits"].items():
         entropy = split["unigram_entropy_nats"]

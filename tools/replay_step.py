@@ -6,17 +6,20 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megakexue.config import require, require_new_file, run_program, write_whole
+from megakexue.config import require, run_program
+from megakexue.files import require_new_file, write_whole
 
 EPILOG = """\
 A run that its guard stops because of non-finite values leaves the weights and batches of that step in DUMP. This
 program needs one process and no DeepSpeed. It computes each micro-batch of each rank: the forward pass, the loss, and,
-if they are finite, the backward pass. Of a run on many ranks, --rank picks those that the reason names.
+if they are finite, the backward pass. For a run on many ranks, choose with --rank those that the reason names.
 
-The device needs room for the whole model, its gradients and one micro-batch; --device cpu takes longer, and is enough.
-Where it is finite in fp32 and not in the dtype of the training, that dtype has overflowed; where it is not finite in
-fp32 either, weights or code are to blame, or the row that is named. Finite everywhere means that the values came from
-what one process has not: the reduction over ranks, or faulty hardware.
+The device needs room for the whole model, its gradients and one micro-batch. --device cpu is slower, and is enough.
+What the result means:
+  not finite in the dtype of the training, but finite in fp32: that dtype has overflowed
+  not finite in fp32 either: the weights, the code or the row that is named has the fault
+  finite everywhere: the values came from what one process does not do or see, which is the reduction over ranks, or
+  faulty hardware
 
 examples:
   tools/replay_step.py runs/1b/dumps/step_00000012
@@ -47,19 +50,19 @@ def main() -> None:
     args = parse_arguments()
 
     # seconds of imports, which a mistake in the arguments should not cost
-    from megakexue import dist
-    from megakexue.replay import Dump, replay
+    from megakexue.core.device import find_device
+    from megakexue.run.replay import Dump, replay
 
-    device = dist.device(args.device)
+    device = find_device(args.device)
     dump = Dump(args.dump)
-    print(f"step {dump.step} was stopped: {dump.reason}")
+    print(f"step {dump.state.step} was stopped: {dump.state.reason}")
     print(f"computed in {args.dtype or dump.dtype} on {device}; ranks: {dump.world_size}", flush=True)
     result = replay(dump, device=device, dtype=args.dtype, ranks=args.rank, report=lambda done: print(done, flush=True))
     for note in result.notes:
         print(f"note: {note}")
     print(f"conclusion: {result.conclusion}")
     if args.json:
-        content = {"dump": str(args.dump), "step": dump.step, "reason": dump.reason, "device": str(device)}
+        content = {"dump": str(args.dump), "step": dump.state.step, "reason": dump.state.reason, "device": str(device)}
         content |= dataclasses.asdict(result) | {"conclusion": result.conclusion}
         write_whole(args.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
 

@@ -2,17 +2,14 @@
 """Find the RoPE bases that serve a context by the bound rule, check a base, draw the rule, write the shipped table."""
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 
-from megakexue.config import UserError, load_config, require, require_new_file, run_program
-from megakexue.rope import (
+from megakexue.config import UserError, load_config, require, run_program
+from megakexue.core.bases import (
     Bases,
-    base_notes,
-    choose_base,
     find_bases,
     first_violation,
     infimum_base,
@@ -21,6 +18,9 @@ from megakexue.rope import (
     safe_base,
     smallest_base,
 )
+from megakexue.core.resolve import resolve
+from megakexue.core.rope import base_notes
+from megakexue.files import require_new_file, write_whole
 
 EPILOG = """\
 A base b serves a context of L tokens when f_b(m) = sum_i cos(m b^(-2i/d)) >= 0 for all m < L (10122): a similar key is
@@ -33,7 +33,7 @@ examples:
   tools/rope_base.py --d-rotary 128 --context 4096 --base 10000 --plot rule.png
   tools/rope_base.py --config configs/125m.yaml data.seq_len=8192 model.rope.base=500000
   tools/rope_base.py --d-rotary 96 --unrotated 16 --context 4096
-  tools/rope_base.py --write-table megakexue/rope_bases.tsv --overwrite
+  tools/rope_base.py --write-table megakexue/core/rope_bases.tsv --overwrite
 
 --unrotated counts the pairs of a partly rotated head that RoPE leaves alone; auto and --config look at the rotated part
 alone, which implies the rule of the whole head.
@@ -44,12 +44,14 @@ half a minute for 64k tokens, four times that for twice as many. The whole table
 
 WIDTHS = (32, 48, 64, 80, 96, 128, 192, 256)
 CONTEXTS = tuple(2**i for i in range(8, 18))
-N_LOWEST = 200  # parts of the context that the lower edge of a curve has
-LONGEST = 2**22  # tokens, up to which a violation by a valid base is looked for
+N_LOWEST = 200
+"""Parts of the context, of each of which the plot shows the lowest value."""
+LONGEST = 2**22
+"""Tokens up to which a violation by a valid base is searched."""
 
 
 def report(d_rotary: int, context: int, n_unrotated: int, base: float | None) -> None:
-    """Print the bases of a width and context, and what a given one does."""
+    """Print the bases of a width and context, and whether a given base is valid."""
     rest = f" + {n_unrotated}" if n_unrotated else ""
     found = find_bases(d_rotary, context, n_unrotated)
     smallest, safe = smallest_base(d_rotary, context, n_unrotated), safe_base(d_rotary, context, n_unrotated)
@@ -77,7 +79,7 @@ def report(d_rotary: int, context: int, n_unrotated: int, base: float | None) ->
 
 
 def plot(d_rotary: int, context: int, n_unrotated: int, base: float | None, out: Path) -> None:
-    """Write the PNG: f_b(m) and its lower edge, which the rule is about, for the smallest, safe and given base."""
+    """Write a PNG of f_b(m) and its lowest values, which the rule judges, for the smallest, safe and given base."""
     try:
         import matplotlib
     except ImportError as error:
@@ -118,7 +120,7 @@ def write_table(d_rotary: int | None, context: int | None, out: Path) -> None:
     """Search all widths and contexts, or the given width and the contexts up to the given one."""
     lines = [
         "# RoPE bases by the bound rule (10122); rebuild with tools/rope_base.py --write-table "
-        "megakexue/rope_bases.tsv --overwrite",
+        "megakexue/core/rope_bases.tsv --overwrite",
         "\t".join(["d_rotary", "context", *Bases._fields]),
     ]
     for width in WIDTHS if d_rotary is None else (d_rotary,):
@@ -127,13 +129,11 @@ def write_table(d_rotary: int | None, context: int | None, out: Path) -> None:
                 infimum, last = infimum_base(width, length), last_invalid_base(width, length)
                 lines.append(f"{width}\t{length}\t{infimum:.10g}\t{last:.10g}")
                 print(lines[-1], flush=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
+    write_whole(out, "\n".join(lines) + "\n")
     print(f"wrote {out}")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Find the RoPE bases that serve a context, check a base, draw the rule.",
         epilog=EPILOG,
@@ -160,7 +160,11 @@ def main() -> None:
         if out is not None:
             require(out.suffix == suffix, f"{option} {out} must end in {suffix}")
             require_new_file(option, out, args.overwrite)
+    return args
 
+
+def main() -> None:
+    args = parse_arguments()
     if args.write_table is not None:
         for option in ("config", "unrotated", "base", "plot"):
             require(getattr(args, option) is None, f"--write-table does not go with --{option}")
@@ -169,13 +173,10 @@ def main() -> None:
     notes: list[str] = []
     if args.config is not None:
         config = load_config(args.config, args.overrides)
-        rope = config.model.rope
-        n_tokens = rope.context or config.data.seq_len
-        chosen = choose_base(config.model, n_tokens)
-        rope = dataclasses.replace(rope, base=chosen, context=n_tokens)
-        notes = base_notes(dataclasses.replace(config.model, rope=rope))
-        if rope.extension not in (None, "base"):
-            assert rope.trained_context is not None
+        model = resolve(config.model, config.optim.name, config.data.seq_len)
+        rope, n_tokens, chosen = model.rope, model.rope.context, model.rope.base
+        notes = base_notes(model)
+        if rope.trained_context is not None and rope.extension != "base":
             n_tokens = rope.trained_context
         d_rotary, n_unrotated, base = config.model.rotary_width, 0, chosen
     else:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megakexue.config import UserError, require, run_program
-from megakexue.tokenizer import train_tokenizer
+from megakexue.text.tokenizer import train_tokenizer
 
 READ_CHARS = 2**20  # a text file is read in pieces, so that its size does not matter
 PROGRESS_S = 5.0
@@ -29,7 +29,7 @@ Files that are no UTF-8 text are skipped and counted. The same text and argument
 
 
 class Corpus:
-    """The texts of all inputs, read as they are needed, with progress lines; counts what was read and skipped."""
+    """The texts of all inputs, read one by one. It prints progress, and counts the files that are skipped."""
 
     def __init__(self, inputs: list[str], text_key: str) -> None:
         self.files = find_files(inputs)
@@ -56,7 +56,7 @@ class Corpus:
 
 
 def find_files(inputs: list[str]) -> list[Path]:
-    """List the files of all inputs, each once. Raises UserError for an input that names none."""
+    """List the files of all inputs, each once. Raises UserError for an input without a file."""
     files: dict[Path, None] = {}
     for name in inputs:
         roots = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -67,17 +67,18 @@ def find_files(inputs: list[str]) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, without hidden files and folders."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def read_texts(file: Path, text_key: str) -> Iterator[str]:
-    """Yield the texts of a file: one for each line of a .jsonl, pieces of a plain one.
+    """Yield the texts of a file: one for each line of a .jsonl file, or pieces of a plain file.
 
     Raises:
         UnicodeDecodeError: the file is not UTF-8 text.
-        UserError: it cannot be read, or a line of a .jsonl has no string at `text_key`.
+        UserError: the file cannot be read, or a line of a .jsonl file has no string at `text_key`.
     """
     is_gzip = file.suffix == ".gz"
     is_jsonl = (file.with_suffix("") if is_gzip else file).suffix == ".jsonl"
@@ -97,6 +98,7 @@ def read_texts(file: Path, text_key: str) -> Iterator[str]:
 
 
 def read_json_line(line: str, text_key: str, where: str) -> str:
+    """Return the string at `text_key`. Raises UserError, naming the line as `where`."""
     try:
         value = json.loads(line)
     except ValueError as error:

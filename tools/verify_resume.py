@@ -27,30 +27,24 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import (
-    PREEMPTED,
-    Config,
-    UserError,
-    check_inputs,
-    load_config,
-    require,
-    run_program,
-    to_yaml,
-    write_whole,
-)
+from megakexue.config import PREEMPTED, Config, UserError, load_config, require, run_program, to_yaml
+from megakexue.files import write_whole
+from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
-Both runs are those of launch/train.py, with your schedule: 2K of its train.steps. Compared are all records but the
-clock's and the machine's; masters, optimizer state and random states of the last checkpoint, each element by the name
-of its parameter; position in the data, tokens, guard. Where bits differ, a second straight run tells whether resume is
-at fault, or this machine does not compute the same twice.
+Both runs are those of launch/train.py with your schedule, of which they do the first 2K steps. The program compares
+  all records, except what depends on the clock and the machine
+  masters, optimizer state and random states of the last checkpoint, each element by the name of its parameter
+  the position in the data, the tokens, and the guard
+If bits differ, it trains straight a second time. That tells whether resume is at fault, or whether this machine does
+not compute the same twice.
 
---kill kill ends all ranks with SIGKILL, at a moment drawn from --seed after checkpoint K is whole; term and usr1 send
-that signal to one rank, at which all must save and exit with code 75. --moved-to resumes on other ranks or under
-another stage: the state as loaded there must be equal, later losses and gradient norms within --bound.
+--kill kill ends all ranks with SIGKILL, at a moment drawn from --seed after checkpoint K is whole. --kill term and usr1
+send that signal to one rank; then all ranks must save and exit with code 75. --moved-to resumes on other ranks or under
+another stage. There, the loaded state must be equal, and later losses and gradient norms must be within --bound.
 
-Settings stand before --ranks and --stages. The run folders need room for five checkpoints; they are removed when
-all is equal, and else kept and named.
+Give settings before --ranks and --stages. The run folders need room for five checkpoints. They are removed if all is
+equal; otherwise they are kept, and the program says where.
 
 examples:
   tools/verify_resume.py configs/tiny_mla.yaml                  on the data of `make demo`
@@ -71,7 +65,7 @@ REMEDY = (
 
 @dataclasses.dataclass
 class Comparison:
-    """What was compared, and where it differs: a line for each record, trainer value, tensor and random state."""
+    """What was compared, and what differs: a line for each record, trainer value, tensor and random state."""
 
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     differences: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -79,7 +73,7 @@ class Comparison:
     first_step: float = math.inf
     """Of the records that differ."""
     largest: float = 0.0
-    """Relative difference that a bound was asked to allow."""
+    """The largest relative difference among the values that have a bound."""
 
     @property
     def first(self) -> str:
@@ -89,7 +83,7 @@ class Comparison:
         self.differences.setdefault(kind, []).append(line)
 
     def values(self, kind: str, where: str, a: Any, b: Any, bound: float = 0.0) -> bool:
-        """Compare two JSON values, of which losses and gradient norms may differ by `bound`, relatively."""
+        """Compare two JSON values. Losses and gradient norms in them may differ by `bound`, relatively."""
         self.counts[kind] += 1
         left, right = flat(a), flat(b)
         for name in [*left, *(name for name in right if name not in left)]:
@@ -159,7 +153,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def pieces(checkpoint: Path) -> dict[str, list[tuple[int, Any, str]]]:
-    """Find what a checkpoint's tensors are made of, whichever ranks wrote it: (start, file, key) by name."""
+    """Return the pieces of each tensor of a checkpoint, from the files of all ranks: (start, file, key) by name."""
     from safetensors import safe_open
 
     found: dict[str, list[tuple[int, Any, str]]] = {}
@@ -175,7 +169,7 @@ def pieces(checkpoint: Path) -> dict[str, list[tuple[int, Any, str]]]:
 
 
 def whole(name: str, checkpoint: Path, found: dict[str, list[tuple[int, Any, str]]]) -> Any:
-    """Put a flat tensor together. Raises UserError when it is missing, or elements are missing or there twice."""
+    """Join the pieces of a flat tensor. Raises UserError: it is missing, or elements are missing or there twice."""
     import torch
 
     require(name in found, f"missing in {checkpoint}")
@@ -191,7 +185,7 @@ def whole(name: str, checkpoint: Path, found: dict[str, list[tuple[int, Any, str
 def launched(title: str, program: list[str], n_ranks: int, log: Path, code: int | None = 0) -> Iterator[Any]:
     """Run a program under `deepspeed` beside the block, then wait until it exits with `code`.
 
-    None: kill it at the end of the block. Nothing of it is left in any case.
+    With None, it is killed at the end of the block. In any case no process of it is left.
 
     Raises:
         UserError: it exits with another code; the message has the end of its output.
@@ -217,7 +211,7 @@ def launched(title: str, program: list[str], n_ranks: int, log: Path, code: int 
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for child in family:  # whose memory the next run needs; a zombie has given it back
+        for child in family:  # the next run needs their memory; a zombie has given it back
             with suppress(psutil.Error):
                 while child.status() != psutil.STATUS_ZOMBIE:
                     time.sleep(0.05)
@@ -230,7 +224,7 @@ def launched(title: str, program: list[str], n_ranks: int, log: Path, code: int 
 
 
 def steps_done(run: Path) -> int:
-    """The last step in the records of a run that may be writing them; 0: none."""
+    """Return the last step in the records of a run, which may still be writing them. 0 means that there is none."""
     with suppress(OSError):
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8")
         return max(map(int, re.findall(r'"kind": "train", "step": (\d+),.*\n', lines)), default=0)
@@ -241,36 +235,35 @@ def save_again(config: Config, checkpoint: Path) -> None:
     """Load a checkpoint on these ranks as a resumed run does, and save what was loaded into the working folder."""
     import torch
 
-    from megakexue import checkpoint as checkpoints
-    from megakexue.engine import Engine, start
-    from megakexue.model import resolve
+    from megakexue.core.resolve import resolve_config
+    from megakexue.run.checkpoint import load
+    from megakexue.run.engine import Engine, start
+    from megakexue.run.saves import Saver
 
     ranks = start(config.engine)
-    model = resolve(config.model, config.optim.name, config.data.seq_len)
-    config = dataclasses.replace(config, model=model, optim=config.optim.resolved(model.tie_embeddings))
-    engine = Engine(config, ranks)
-    saver = checkpoints.Saver(engine, config.checkpoint)
-    trainer = checkpoints.load(checkpoint, engine, lambda trainer: None)
-    saver.start(Path(config.train.run), trainer, step=trainer["step"])
+    engine = Engine(resolve_config(config), ranks)
+    saver = Saver(engine, config.checkpoint)
+    saver.start(Path(config.train.run), load(checkpoint, engine, lambda state: None))
     saver.finish()
     torch.distributed.destroy_process_group()
 
 
 class Case:
-    """One ZeRO stage on one number of ranks: its runs, in `folder`, and what they say."""
+    """One ZeRO stage on one number of ranks: its runs in `folder`, and their comparison."""
 
     def __init__(self, args: argparse.Namespace, config: Config, stage: int, n_ranks: int) -> None:
         self.args, self.config, self.stage, self.n_ranks = args, config, stage, n_ranks
         self.name = f"stage {stage}, {n_ranks} ranks, {config.engine.dtype}"
         self.folder = args.out / f"stage{stage}_ranks{n_ranks}"
         self.random = random.Random(f"{args.seed} {stage} {n_ranks}")
+        self.signal = f"SIG{args.kill.upper()}"
 
     def checkpoint(self, run: str, step: int | None = None) -> Path:
         return self.folder / run / "checkpoints" / f"step_{step or 2 * self.args.steps:08d}"
 
     def launch(self, title: str, run: str, log: str, *, moved: bool = False, code: int | None = 0,
                program: tuple[str, ...] = ()) -> Any:  # fmt: skip
-        """Start launch/train.py, or another program with its arguments; only what a run saves and shows is changed."""
+        """Start launch/train.py, or `program` with its arguments, with other settings of what is saved and shown."""
         k, n_ranks, stage = self.args.steps, self.n_ranks, self.stage
         if moved:
             n_ranks, stage = self.args.moved_to
@@ -278,20 +271,22 @@ class Case:
         own = [f"train.run={self.folder / run}", f"train.stop_at_step={2 * k}", f"checkpoint.every_steps={k}",
                "checkpoint.keep_last=3", "checkpoint.keep_every=null", "metrics.every_steps=1",
                "metrics.tensorboard=false", f"engine.zero_stage={stage}"]  # fmt: skip
-        every = {"evaluate.every_steps": self.config.evaluate.every_steps,
-                 "metrics.statistics_every_steps": self.config.metrics.statistics_every_steps}  # fmt: skip
+        every = {
+            "evaluate.every_steps": self.config.evaluate.every_steps,
+            "metrics.statistics_every_steps": self.config.metrics.statistics_every_steps,
+        }
         own += [f"{key}={k}" for key, value in every.items() if value is not None]
         program = program or (str(Path(__file__).resolve().parents[1] / "launch" / "train.py"),)
         command = [program[0], self.args.config, *self.args.overrides, *own, *program[1:]]
         return launched(f"{self.name}: {title}", command, n_ranks, self.folder / log, code)
 
     def stop(self, process: Any, run: Path) -> None:
-        """Wait for a random moment between K and 2K, and send a signal to one rank, unless all are to be killed."""
+        """Wait for a random moment between K and 2K. Send the signal to one rank; SIGKILL is left to the caller."""
         k, how = self.args.steps, self.args.kill
         step, share = self.random.randint(k, 2 * k - 2), self.random.random()
         while steps_done(run) < step or not self.checkpoint("stopped", k).exists():
             if process.poll() is not None:
-                return  # it failed, or was too fast, which will be said
+                return  # it failed or was too fast: the caller says so
             time.sleep(0.005)
         step_s = min(record.get("step_s", math.inf) for record in records(self.folder / "straight"))
         time.sleep(share * step_s)
@@ -300,46 +295,73 @@ class Case:
             self.random.choice(ranks).send_signal(SIGNALS[how])
 
     def compare(self, found: Comparison, other: str, *, bound: float = 0.0, exact_until: int = 0) -> None:
-        """Compare the straight run with another one; a bound is for runs on other ranks, whose bits may differ."""
+        """Compare the straight run with another one. A bound is for runs on other ranks, whose bits may differ."""
         found.metrics(self.folder / "straight", self.folder / other, bound=bound, exact_until=exact_until)
         checkpoints = self.checkpoint("straight"), self.checkpoint(other)
         found.trainer(*checkpoints, TRAINER if bound == 0 else TRAINER[:-1])
         if bound == 0:
             found.tensors(*checkpoints)
 
-    def run(self) -> tuple[bool, list[str]]:
-        """Return whether all was equal, and the lines of the certificate."""
-        k, how, moved, found = self.args.steps, f"SIG{self.args.kill.upper()}", self.args.moved_to, Comparison()
-        stopped = self.folder / "stopped"
+    def train_and_stop(self) -> tuple[int, int]:
+        """Train straight, and until a stop. Return the last step before the stop, and that of the newest checkpoint."""
+        k, stopped = self.args.steps, self.folder / "stopped"
         self.folder.mkdir(parents=True)
         with self.launch(f"{2 * k} steps straight", "straight", "straight.log"):
             pass
         code = None if self.args.kill == "kill" else PREEMPTED
-        with self.launch(f"until {how}", "stopped", "stopped.log", code=code) as process:
+        with self.launch(f"until {self.signal}", "stopped", "stopped.log", code=code) as process:
             self.stop(process, stopped)
         steps = [int(path.name[5:]) for path in (stopped / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
-        last, step = steps_done(stopped), max(steps, default=0)
+        step = max(steps, default=0)
         require(
             k <= step < 2 * k,
             f"a run should stop between steps {k} and {2 * k}, and its newest checkpoint is of step {step}: see "
             f"{self.folder / 'stopped.log'}, or raise --steps if it was too fast",
         )
-        if moved:
-            source = self.checkpoint("stopped", step)
-            again = (str(Path(__file__).resolve()), "--save-again", str(source))
-            with self.launch("loaded", "again", "again.log", moved=True, program=again):
-                pass
-            found.tensors(source, self.folder / "again" / source.name, with_random=False)
-        with self.launch("resumed", "stopped", "resumed.log", moved=bool(moved)):
+        return steps_done(stopped), step
+
+    def compare_as_loaded(self, found: Comparison, step: int) -> None:
+        """Compare the checkpoint of the stopped run with what the ranks of --moved-to load of it."""
+        source = self.checkpoint("stopped", step)
+        again = (str(Path(__file__).resolve()), "--save-again", str(source))
+        with self.launch("loaded", "again", "again.log", moved=True, program=again):
+            pass
+        found.tensors(source, self.folder / "again" / source.name, with_random=False)
+
+    def resume(self, step: int) -> None:
+        """Go on with the stopped run, which must do so from the checkpoint of `step`."""
+        with self.launch("resumed", "stopped", "resumed.log", moved=bool(self.args.moved_to)):
             pass
         resumed = re.search(r"resumed from \S*step_(\d+)", (self.folder / "resumed.log").read_text(encoding="utf-8"))
         require(resumed is not None and int(resumed[1]) == step, f"it did not resume at step {step}: see {self.folder}")
+
+    def cause(self) -> str:
+        """Train straight once more, and return what the difference between two straight runs says."""
+        with self.launch("straight again, to find the cause", "straight_again", "straight_again.log"):
+            pass
+        twice = Comparison()
+        self.compare(twice, "straight_again")
+        if not twice.differences:
+            return "two straight runs are equal: resume is at fault. Keep the folders and report it"
+        cause = "training itself is not deterministic here: two straight runs differ first in "
+        return f"{cause}{twice.first}. {REMEDY}"
+
+    def run(self) -> tuple[bool, list[str]]:
+        """Return whether all was equal, and the lines of the certificate."""
+        moved, found = self.args.moved_to, Comparison()
+        last, step = self.train_and_stop()
+        if moved:
+            self.compare_as_loaded(found, step)
+        self.resume(step)
         bound = (self.args.bound or BOUNDS[self.config.engine.dtype]) if moved else 0.0
         self.compare(found, "stopped", bound=bound, exact_until=step)
         require(found.counts["tensors"] > 0, f"{self.checkpoint('straight')} holds no tensor")
         where = f" on {moved[0]} ranks under stage {moved[1]}" if moved else ""
-        lines = [self.name, f"  {how} after step {last}, resumed from step {step}{where}",
-                 "  compared: " + ", ".join(f"{n:,} {what}" for what, n in found.counts.items())]  # fmt: skip
+        lines = [
+            self.name,
+            f"  {self.signal} after step {last}, resumed from step {step}{where}",
+            "  compared: " + ", ".join(f"{n:,} {what}" for what, n in found.counts.items()),
+        ]
         if moved:
             lines.append(f"  later losses and gradient norms within {bound:g}, relatively: at most {found.largest:.2g}")
         if not found.differences:
@@ -349,15 +371,7 @@ class Case:
         if found.first_step <= step:
             lines.append(f"  before it was resumed: training itself is not deterministic here. {REMEDY}")
         elif not moved:
-            with self.launch("straight again, to find the cause", "straight_again", "straight_again.log"):
-                pass
-            twice = Comparison()
-            self.compare(twice, "straight_again")
-            cause = "two straight runs are equal: resume is at fault. Keep the folders and report it"
-            if twice.differences:
-                cause = "training itself is not deterministic here: two straight runs differ first in "
-                cause += f"{twice.first}. {REMEDY}"
-            lines.append(f"  {cause}")
+            lines.append(f"  {self.cause()}")
         return False, lines
 
 
@@ -394,14 +408,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_arguments()
-    config = load_config(args.config, args.overrides)
-    n_steps = config.train.steps
-    require(2 * args.steps <= n_steps, f"--steps {args.steps}: twice that is above train.steps={n_steps}")
-    check_inputs(config)
-    if args.save_again:
-        return save_again(config, args.save_again)
+def make_cases(args: argparse.Namespace, config: Config) -> list[Case]:
+    """Return a case for each stage and number of ranks. Raises UserError: there is no such stage or number."""
     moved = [args.moved_to] if args.moved_to else []
     for stage in [*(args.stages or []), *(stage for _, stage in moved)]:
         require(stage in range(4), f"stage {stage} must be 0, 1, 2 or 3")
@@ -411,11 +419,43 @@ def main() -> None:
 
     import torch
 
-    args.ranks = args.ranks or [torch.cuda.device_count() or 2]
-    cases = [Case(args, config, stage, n) for stage in args.stages or [config.engine.zero_stage] for n in args.ranks]
-    for case in cases:
-        config.train.n_micro_batches(case.n_ranks)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the runs would go on without this program
+    ranks = args.ranks or [torch.cuda.device_count() or 2]
+    for n_ranks in ranks:
+        config.train.n_micro_batches(n_ranks)
+    return [Case(args, config, stage, n) for stage in args.stages or [config.engine.zero_stage] for n in ranks]
+
+
+def certificate(args: argparse.Namespace, config: Config, sources: set[str], lines: list[str], verdict: str) -> str:
+    """Return the certificate: what was tried, with which code and on which machine, and what came out."""
+    import torch
+
+    merged = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    devices = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return "\n".join(
+        [
+            "certificate of resume, " + time.strftime("%Y-%m-%d %H:%M:%S"),
+            f"config    {' '.join([args.config, *args.overrides])}; sha256 of it merged: {merged}",
+            f"code      {' and then '.join(sorted(sources))}",
+            f"software  torch {version('torch')}, deepspeed {version('deepspeed')}, Python {platform.python_version()}",
+            f"device    {', '.join(f'{n} x {name}' for name, n in devices.items()) or f'CPU, {os.cpu_count()} cores'}; "
+            f"{platform.node()}",
+            f"steps     {args.steps} and {args.steps} of {config.train.steps}, stopped at a moment by seed {args.seed}",
+            *lines,
+            f"verdict   {verdict}",
+        ]
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = load_config(args.config, args.overrides)
+    n_steps = config.train.steps
+    require(2 * args.steps <= n_steps, f"--steps {args.steps}: twice that is above train.steps={n_steps}")
+    check_inputs(config)
+    if args.save_again:
+        return save_again(config, args.save_again)
+    cases = make_cases(args, config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the runs would outlive this program
     lines: list[str] = []
     are_equal, sources = True, set()
     for case in cases:
@@ -427,24 +467,12 @@ def main() -> None:
         sources |= {(case.folder / run / "source.txt").read_text().strip() for run in ("straight", "stopped")}
         if is_equal and not args.keep:
             shutil.rmtree(case.folder)
-    merged = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-    devices = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    certificate = "\n".join([
-        "certificate of resume, " + time.strftime("%Y-%m-%d %H:%M:%S"),
-        f"config    {' '.join([args.config, *args.overrides])}; sha256 of it merged: {merged}",
-        f"code      {' and then '.join(sorted(sources))}",
-        f"software  torch {version('torch')}, deepspeed {version('deepspeed')}, Python {platform.python_version()}",
-        f"device    {', '.join(f'{n} x {name}' for name, n in devices.items()) or f'CPU, {os.cpu_count()} cores'}; "
-        f"{platform.node()}",
-        f"steps     {args.steps} and {args.steps} of {config.train.steps}, stopped at a moment by seed {args.seed}",
-        *lines,
-        f"verdict   {'EQUAL' if are_equal else 'DIFFERENT'}",
-    ])  # fmt: skip
-    print(f"\n{certificate}")
+    text = certificate(args, config, sources, lines, "EQUAL" if are_equal else "DIFFERENT")
+    print(f"\n{text}")
     if are_equal and not args.keep:
         shutil.rmtree(args.out)
         return
-    write_whole(args.out / "certificate.txt", certificate + "\n")
+    write_whole(args.out / "certificate.txt", text + "\n")
     print(f"kept in {args.out}")
     if not are_equal:
         raise SystemExit(1)

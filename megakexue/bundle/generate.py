@@ -1,0 +1,138 @@
+"""Text from a bundle, for a batch of prompts, with a cache: greedy, or drawn with a seed by temperature and top-p.
+
+    p = softmax(logits / temperature), cut to the smallest set of the most probable tokens with mass >= top_p
+
+Prompts of different lengths are padded on the right. The cache keeps a token in the slot of its position, so the tokens
+that follow overwrite the padding before any query sees it (megakexue/core/decoder.py, Cache).
+
+What must stay true: up to rounding, the same seed gives the same text whatever other prompts are in the batch; the
+cache changes nothing but the rounding; ids that the tokenizer does not have (a padded vocabulary) are never chosen.
+"""
+
+import codecs
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megakexue.bundle.bundle import Bundle
+from megakexue.config import require
+from megakexue.core.attention import Backend
+from megakexue.core.decoder import Cache, Decoder
+from megakexue.core.device import find_device
+from megakexue.text.tokenizer import Tokenizer
+
+PREFILL = 512
+"""Prompt tokens that go through the model at once: a long prompt must not cost the square of its length in memory."""
+
+
+def load_decoder(
+    bundle: Bundle, device: torch.device | None = None, dtype: torch.dtype = torch.float32, backend: Backend = "sdpa"
+) -> Decoder:
+    """Return the bundle's model, ready to compute."""
+    with torch.device(device or find_device()):
+        model = Decoder(bundle.config, backend).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(bundle.weight(name))
+    return model.eval()
+
+
+def next_token(logits: Float[Tensor, " v"], *, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Choose a token: the best one at temperature 0, else a draw from the smallest set of mass `top_p`.
+
+    The draw is made on the CPU in float64, so that it depends on the logits and the generator alone.
+    """
+    require(
+        bool(logits.isfinite().all()),
+        "the model's logits are not finite: generate in fp32, and if that is what this is, from other weights",
+    )
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits.double().cpu()
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
+    ordered, index = probabilities.sort(descending=True, stable=True)
+    ordered = ordered.where(ordered.cumsum(0) - ordered < top_p, 0)  # the first token is always kept
+    return int(index[torch.multinomial(ordered, 1, generator=generator)])
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder, prompts: Sequence[list[int]], *, n_tokens: int, stop_id: int | None, vocab_size: int | None = None,
+    temperature: float = 0.8, top_p: float = 0.95, seed: int = 0, caches: list[Cache] | None = None,
+) -> Iterator[list[int | None]]:  # fmt: skip
+    """Yield up to `n_tokens` times the next token of every prompt, or None for a prompt that has ended.
+
+    Args:
+        prompts: token ids, each beginning with BOS. Row i draws with seed + i, as it would alone with that seed. In
+            half precision the rounding of the logits depends on the batch, so texts may differ.
+        stop_id: the token that ends a text and is not yielded. None: no token does.
+        vocab_size: of the tokenizer; ids from there on are never chosen. None: the model's.
+        caches: empty ones, one for each layer, for a caller that reads them afterwards.
+
+    Raises:
+        UserError: temperature or top_p is out of range, or logits are not finite.
+    """
+    require(0 <= temperature < math.inf, f"temperature={temperature} must be finite and not negative; 0 is greedy")
+    require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
+    assert prompts and all(prompts), "there is a prompt, and each has at least its BOS"
+    device = model.embedding.weight.device
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(lengths.max())
+    caches = caches or [Cache() for _ in model.blocks]
+    rows = torch.tensor([prompt + [prompt[0]] * (longest - len(prompt)) for prompt in prompts], device=device)
+    # the prompts, in parts; of each row the hidden state of its last token is kept
+    last = torch.zeros(len(prompts), model.config.d_model, dtype=model.embedding.weight.dtype, device=device)
+    for low in range(0, longest, PREFILL):
+        high = min(low + PREFILL, longest)
+        positions = torch.arange(low, high, device=device).expand(len(prompts), -1)
+        hidden = model.hidden(rows[:, low:high], positions, caches=caches, n_positions=high)
+        ends_here = (low < lengths) & (lengths <= high)
+        last[ends_here] = hidden[ends_here, lengths[ends_here] - 1 - low]
+    ended = [False] * len(prompts)
+    for step in range(n_tokens):
+        logits = model.head(last)
+        chosen: list[int | None] = []
+        for i, generator in enumerate(generators):
+            token = None
+            if not ended[i]:
+                token = next_token(logits[i, :vocab_size], temperature=temperature, top_p=top_p, generator=generator)
+                if token == stop_id:
+                    token, ended[i] = None, True
+            chosen.append(token)
+        if all(ended):
+            return
+        yield chosen
+        if step == n_tokens - 1:
+            return
+        # a row that has ended is computed too, and its result is not used
+        tokens = torch.tensor([[p[0] if token is None else token] for p, token in zip(prompts, chosen)], device=device)
+        positions = (lengths + step)[:, None]
+        last = model.hidden(tokens, positions, caches=caches, n_positions=longest + step + 1)[:, 0]
+
+
+def complete(
+    model: Decoder, tokenizer: Tokenizer, texts: Sequence[str | bytes], **options: Any
+) -> Iterator[list[str | None]]:
+    """Yield the continuations of `texts`: for each token a string, or None when the text has ended.
+
+    `options` are those of `generate`. The bytes of a character come together with its last one; until then the string
+    is empty. A character that is never finished does not come. Bytes that cannot be UTF-8 show as U+FFFD.
+    """
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in texts]
+    options = {"stop_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size} | options
+    for tokens in generate(model, prompts, **options):
+        yield [
+            None if token is None else decoder.decode(tokenizer.decode_bytes([token]))
+            for token, decoder in zip(tokens, decoders, strict=True)
+        ]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str | bytes) -> list[int]:
+    """Return the tokens that a text is continued from: BOS and its own."""
+    return [tokenizer.bos_id, *tokenizer.encode(text)]

@@ -1,0 +1,387 @@
+"""Causal attention inside documents: one signature, several backends with equal results.
+
+    o_t = sum_s softmax_s(scale q_t . k_s) v_s,   s <= t and s in the document of t.
+
+Letters as in megakexue/core/axes.py: b batch, t query position, s key position, h query heads, g key/value heads,
+r = h/g query heads in a group, d head width, e value width. Query head i reads key/value head i // r.
+
+`model.attention.backend: auto` takes the first of these that can run here (`choose_backend`):
+
+    CUDA   flash    flash-attn 2, if installed: bf16 or fp16, e = d <= 256
+           varlen   the same kernel in torch, under the same conditions
+           flex     FlexAttention, compiled: any dtype and widths from 16, such as MLA's 192/128
+           sdpa     torch's scaled dot product attention: anything, with a mask of b t^2 numbers for packed documents
+    CPU    sdpa     for rows above MAX_BLOCKED tokens when e = d; with e != d torch would keep even more than blocked
+           blocked  plain matrix products: any widths; keeps h t^2 / 2 probabilities a row for the backward pass
+
+`reference` is the formula in float32, for tests. When each row is one document (no boundaries), varlen and flex give
+way to sdpa, whose kernels are causal by themselves. Cached decoding is sdpa with a mask for every backend but
+reference.
+
+What must stay true: the backends agree to rounding, with scores and the sums of the softmax in float32 or better
+(blocked rounds the scores to the dtype of its inputs). A key that a query may not see has a weight of exactly zero.
+So no finite number in it changes a bit of the result, but a NaN or an infinity would spread. Unused slots of a cache
+are therefore zeros.
+"""
+
+import importlib.util
+import inspect
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megakexue.config import UserError
+
+Backend = Literal["flash", "varlen", "flex", "sdpa", "blocked", "reference"]
+
+# what each backend takes and returns
+Queries = Float[Tensor, "b t h d"]
+Keys = Float[Tensor, "b s g d"]
+Values = Float[Tensor, "b s g e"]
+Mixed = Float[Tensor, "b t h e"]
+
+BLOCK = 128
+"""Queries in a block, in the blocked form and in FlexAttention. In a row of 512, 4 blocks compute 5/8 of the square."""
+MAX_BLOCKED = 4096
+"""Tokens in a row, above which `auto` prefers sdpa: blocked keeps all probabilities for the backward pass."""
+
+
+def _obstacle(backend: str, device: str, dtype: torch.dtype, d_head: int, d_value: int) -> str | None:
+    """Return why a backend cannot run here, with the remedy if there is one; None: it can."""
+    if backend not in ("flash", "varlen", "flex"):
+        return None
+    if device != "cuda":
+        return f"needs a CUDA device, not {device}"
+    if backend == "flex":
+        if min(d_head, d_value) < 16:
+            return f"takes head widths from 16, not {d_head} and {d_value}"
+        return None if importlib.util.find_spec("triton") else "needs triton: pip install triton"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bf16 and fp16, not {dtype}: set engine.dtype"
+    if d_head != d_value or d_head > 256 or d_head % 8 != 0:
+        return f"takes one head width for all, a multiple of 8 up to 256, not {d_head} and {d_value}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    if backend == "varlen":
+        from torch.nn.attention import varlen
+
+        can = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+        return None if can else f"needs a newer torch than {torch.__version__}"
+    try:
+        # the import that `attend` makes: it fails for a build for another torch, and where FlashAttention 4 alone has
+        # the name
+        from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        return f"needs flash-attn 2 ({error}): pip install 'megakexue[gpu]'"
+    return None
+
+
+def choose_backend(
+    setting: str, device: str, dtype: torch.dtype, d_head: int, d_value: int, seq_len: int
+) -> tuple[Backend, str]:
+    """Return the backend for a type of device ("cuda", "cpu"), and the reason, which a run prints at its start.
+
+    Raises:
+        UserError: the config asks for a backend that cannot run here.
+    """
+    if setting != "auto":
+        obstacle = _obstacle(setting, device, dtype, d_head, d_value)
+        if obstacle is not None:
+            raise UserError(f"model.attention.backend={setting} {obstacle}; or use auto")
+        return setting, "model.attention.backend"  # type: ignore[return-value]
+    if device == "cuda":
+        obstacles: list[str] = []
+        candidates: tuple[Backend, ...] = ("flash", "varlen", "flex")
+        for backend in candidates:
+            obstacle = _obstacle(backend, device, dtype, d_head, d_value)
+            if obstacle is None:
+                return backend, "; ".join(obstacles) or "the first choice on CUDA"
+            obstacles.append(f"{backend} {obstacle}")
+        return "sdpa", "; ".join(obstacles)
+    if d_head != d_value:
+        return "blocked", f"on CPU no other form takes values of width {d_value} beside keys of {d_head}"
+    if seq_len > MAX_BLOCKED:
+        return "sdpa", f"rows of {seq_len} tokens are too long for the blocked form's memory"
+    return "blocked", "the fastest form on CPU for packed documents"
+
+
+Blocks = list[tuple[int, int, int, Tensor]]
+"""Of (low, high, begin, bias): the queries low to high of a row see keys from begin to high. The bias [1 or rows,
+queries, keys] is for the last of these keys: 0, or -inf for a key that is not seen after all."""
+
+
+class Layout:
+    """What each query of a batch may see, in the form that the backend needs; made once, before the first layer.
+
+    Args:
+        positions: of the queries in their documents, from 0.
+        cu_seqlens: boundaries of packed documents over the flattened b*t tokens, row ends included; None: each row is
+            one document.
+        backend: of `attend`. Cached decoding uses the masks of sdpa with any backend but reference.
+        dtype: of the queries.
+        n_keys: None: the keys are the row's own tokens. A number is cached decoding: key s of a row is the token at
+            position s of its only document, and rows may be at different positions.
+        repeats: in cached decoding, the query heads that share one key/value head.
+        is_absorbed: LatentAttention is to use its absorbed form; `attend` does not read it.
+    """
+
+    visible: Bool[Tensor, "#b t s"]
+    """Of reference: True where a query sees a key."""
+    blocks: list[tuple[slice, Blocks]]
+    """Of blocked: rows, and the blocks of queries in these rows."""
+    block_mask: Any
+    """Of flex with packed documents: a BlockMask."""
+    bias: Float[Tensor, "#b 1 rt s"] | None
+    """Of sdpa, and of cached decoding: 0 where a query sees a key, else -inf; None: a query sees all keys up to its own
+    position, which the kernel knows by itself."""
+
+    def __init__(
+        self, positions: Int64[Tensor, "b t"], cu_seqlens: Int32[Tensor, " n"] | None, *, backend: Backend,
+        dtype: torch.dtype, n_keys: int | None = None, repeats: int = 1, is_absorbed: bool = False,
+    ) -> None:  # fmt: skip
+        assert n_keys is None or cu_seqlens is None, "a cache holds one document a row"
+        self.positions, self.cu_seqlens, self.backend, self.is_absorbed = positions, cu_seqlens, backend, is_absorbed
+        self.is_cached, self.n_keys = n_keys is not None, positions.shape[1] if n_keys is None else n_keys
+        is_packed = cu_seqlens is not None
+        if backend == "reference":
+            self.visible = self._visible()
+        elif self.is_cached:
+            self.bias = _bias(self._visible()[:, None].repeat(1, 1, repeats, 1), dtype)
+        elif backend == "blocked":
+            self.blocks = _blocks(positions, is_packed, dtype)
+        elif backend == "flex" and is_packed:
+            self.block_mask = _block_mask(positions)
+        else:
+            self.bias = _bias(self._visible()[:, None], dtype) if backend == "sdpa" and is_packed else None
+
+    def _visible(self) -> Bool[Tensor, "#b t s"]:
+        key = torch.arange(self.n_keys, device=self.positions.device)
+        if self.is_cached:
+            return key <= self.positions[:, :, None]
+        causal = key <= key[:, None]
+        return causal[None] if self.cu_seqlens is None else causal & (key >= _starts(self.positions)[:, :, None])
+
+
+def _starts(positions: Int64[Tensor, "b t"]) -> Int64[Tensor, "b t"]:
+    """Return the first key of each query's document."""
+    return torch.arange(positions.shape[1], device=positions.device) - positions
+
+
+def _bias(visible: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def _blocks(positions: Int64[Tensor, "b t"], is_packed: bool, dtype: torch.dtype) -> list[tuple[slice, Blocks]]:
+    """Return pairs of rows and their blocks; rows in one pair are computed together."""
+    (b, t), starts = positions.shape, _starts(positions)
+    # rows have different documents, and a long row alone skips more keys than all of them together
+    is_alone = is_packed and t > 2 * BLOCK
+    # at once, since reading single numbers of a tensor is slow
+    first_keys = starts.tolist() if is_packed else [[0] * t]
+    index = torch.arange(t, device=positions.device)
+    result = []
+    for rows in [slice(i, i + 1) for i in range(b)] if is_alone else [slice(0, b)]:
+        blocks = []
+        for low in range(0, t, BLOCK):
+            high = min(low + BLOCK, t)
+            begin = min(row[low] for row in first_keys[rows])
+            latest = max(row[high - 1] for row in first_keys[rows])
+            # with one document in the block, all its queries see all keys before the block
+            key = index[begin if latest > begin else low : high]
+            seen = (key <= index[low:high, None])[None]
+            if latest > begin:
+                seen = seen & (key >= starts[rows, low:high, None])
+            blocks.append((low, high, begin, _bias(seen, dtype)))
+        result.append((rows, blocks))
+    return result
+
+
+def _block_mask(positions: Int64[Tensor, "b t"]) -> Any:
+    """Return the BlockMask that FlexAttention's create_block_mask gives, without its b t^2 comparisons."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    t, starts = positions.shape[1], _starts(positions)
+    low = torch.arange(0, t, BLOCK, device=positions.device)
+    high = low + BLOCK
+    # starts never fall along a row, so the ends of a block bound it
+    first, last = starts[:, low, None], starts[:, high.clamp(max=t) - 1, None]
+    touched = (low <= low[:, None]) & (high > first)
+    full = (high <= low[:, None]) & (low >= last) & (high[:, None] <= t)
+    ordered = []
+    for kind in (touched & ~full, full):
+        order = kind.int().argsort(dim=-1, descending=True, stable=True)
+        ordered.append((kind.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]))
+    return BlockMask.from_kv_blocks(
+        *ordered[0],
+        *ordered[1],
+        BLOCK_SIZE=BLOCK,
+        # a lower bound instead of an equality of document numbers: one load less for each pair
+        mask_mod=lambda b, h, query, key: (key <= query) & (key >= starts[b, query]),
+        seq_lengths=(t, t),
+    )
+
+
+def attend(q: Queries, k: Keys, v: Values, layout: Layout, *, scale: float) -> Mixed:
+    """Attend to the keys that `layout` shows, by its backend, with the softmax of scale * q.k.
+
+    d and e may differ, except in flash and varlen.
+    """
+    assert k.shape[1] == layout.n_keys, "keys that the layout does not know"
+    backend = layout.backend
+    if backend == "reference":
+        return _reference(q, k, v, layout, scale)
+    if layout.is_cached:
+        return _sdpa_cached(q, k, v, layout, scale)
+    if backend == "blocked":
+        return _blocked(q, k, v, layout, scale)
+    if backend == "flash":
+        return _flash(q, k, v, layout, scale)
+    if backend == "varlen" and layout.cu_seqlens is not None:
+        return _varlen(q, k, v, layout.cu_seqlens, scale)
+    if backend == "flex" and layout.cu_seqlens is not None:
+        return _flex(q, k, v, layout, scale)
+    return _sdpa(q, k, v, layout, scale)
+
+
+def _reference(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(dtype).unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("btgrd,bsgd->bgrts", grouped, k.to(dtype)).mul(scale)
+    weights = scores.masked_fill(~layout.visible[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bgrts,bsge->btgre", weights, v.to(dtype)).flatten(2, 3).to(q.dtype)
+
+
+def _sdpa(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
+    mask = layout.bias
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32 or q.shape[3] > 256):
+        # of the kernels, only the memory-efficient one takes such inputs, and it takes no groups; without it, the math
+        # form would keep the whole square
+        r = q.shape[1] // k.shape[1]
+        k, v, is_grouped = k.repeat_interleave(r, dim=1), v.repeat_interleave(r, dim=1), False
+    return _fused(q, k, v, mask, scale=scale, enable_gqa=is_grouped).transpose(1, 2)
+
+
+def _sdpa_cached(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
+    """Attend with few queries to many keys. The heads of a group become queries, so that the cache is never copied."""
+    t, g, r = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
+    q = q.unflatten(2, (g, r)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = _fused(q, k.transpose(1, 2), v.transpose(1, 2), layout.bias, scale=scale)
+    return out.unflatten(2, (r, t)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """Call torch's kernel on [b, heads, tokens, width]; without a mask, it is causal."""
+    # cuDNN's backward gives NaN with a mask on some lengths (pytorch 196678), so a mask never reaches it
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if mask is None:
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *backends]
+    elif q.device.type == "cpu":
+        backends = [SDPBackend.FLASH_ATTENTION, *backends]
+    with sdpa_kernel(backends, set_priority=True):
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+
+
+def _blocked(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
+    """Compute each block of queries against the keys that it can see, in plain matrix products.
+
+    On CPU this is faster than the fused kernel, most of all in bf16 and with packed documents
+    (tools/benchmarks/kernels.py).
+    """
+    g = k.shape[2]
+    # the heads of a group become rows of one matrix, so that k and v are never copied per head
+    q = q.unflatten(2, (g, -1)).permute(0, 2, 3, 1, 4)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    out = [
+        _Blocked.apply(*(x[rows].flatten(0, 1) for x in (q, k, v)), blocks, scale).unflatten(0, (-1, g))
+        for rows, blocks in layout.blocks
+    ]
+    return (torch.cat(out) if len(out) > 1 else out[0]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class _Blocked(torch.autograd.Function):
+    """The blocked form of q [bg, r, t, d], k [bg, t, d], v [bg, t, e].
+
+    It has a backward pass of its own, since that of autograd would fill and add a whole k and v for each block, which
+    takes a fifth of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
+        r, unused = q.shape[1], q.new_empty(1)
+        out, weights = q.new_empty(*q.shape[:3], v.shape[2]), []
+        for low, high, begin, bias in blocks:
+            keys = k[:, begin:high].transpose(1, 2)
+            scores = torch.baddbmm(unused, q[:, :, low:high].flatten(1, 2), keys, beta=0, alpha=scale)
+            if len(bias) > 1:
+                bias = bias.repeat_interleave(len(q) // len(bias), 0)
+            scores.unflatten(1, (r, -1))[..., -bias.shape[2] :] += bias[:, None]
+            weight = scores.softmax(-1)
+            out[:, :, low:high] = (weight @ v[:, begin:high]).unflatten(1, (r, -1))
+            if any(ctx.needs_input_grad):
+                weights.append(weight)
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *weights = ctx.saved_tensors
+        r, unused = q.shape[1], q.new_empty(1)
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (low, high, begin, _), weight in zip(ctx.blocks, weights):
+            queries, d_part = (x[:, :, low:high].flatten(1, 2) for x in (q, d_out))
+            d_v[:, begin:high].baddbmm_(weight.transpose(1, 2), d_part)
+            d_weight = d_part @ v[:, begin:high].transpose(1, 2)
+            d_scores = torch._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+            d_k[:, begin:high].baddbmm_(d_scores.transpose(1, 2), queries, alpha=ctx.scale)
+            d_queries = torch.baddbmm(unused, d_scores, k[:, begin:high], beta=0, alpha=ctx.scale)
+            d_q[:, :, low:high] = d_queries.unflatten(1, (r, -1))
+        return d_q, d_k, d_v, None, None
+
+
+def _flash(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if layout.cu_seqlens is None:
+        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    b, t = q.shape[:2]
+    # t for the longest document: an upper bound is enough for the kernel's grid; the true one would wait for the GPU
+    boundaries = (layout.cu_seqlens, layout.cu_seqlens, t, t)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return flash_attn_varlen_func(q, k, v, *boundaries, softmax_scale=scale, causal=True).unflatten(0, (b, t))
+
+
+def _varlen(q: Queries, k: Keys, v: Values, cu_seqlens: Int32[Tensor, " n"], scale: float) -> Mixed:
+    from torch.nn.attention.varlen import varlen_attn
+
+    b, t = q.shape[:2]
+    boundaries = (cu_seqlens, cu_seqlens, t, t)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    # cuDNN, which torch might choose instead, makes a new plan for each number of documents
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = varlen_attn(q, k, v, *boundaries, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (b, t))
+
+
+def _flex(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    flex = _flex_attention(is_compiled=q.device.type == "cuda")
+    return flex(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+@cache
+def _flex_attention(is_compiled: bool) -> Any:
+    """Import FlexAttention, which takes seconds. Uncompiled, it keeps the whole square and has no backward on CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if is_compiled else flex_attention

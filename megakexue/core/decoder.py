@@ -1,0 +1,299 @@
+"""The decoder: RoPE with the attention factor on the query, GQA or MLA, SwiGLU, RMSNorm, DeepNorm.
+
+The letters in shapes and formulas are those of megakexue/core/axes.py. The file has the order of the forward pass.
+
+Multi-head latent attention (10091, DeepSeek-V2 2405.04434), with x the input and R the rotation:
+
+    c'_t = norm(x_t Wq_down)      q_t = c'_t Wq_up, rotated in its last p      (or q_t = x_t Wq)
+    c_s  = norm(x_s Wkv_down)     k_s = [c_s Wk_up, R (x_s Wk_rope)]           v_s = c_s Wv_up
+
+Decoding keeps only c_s and the rotary key. For a few queries there is the absorbed form, in which Wk_up multiplies the
+query and Wv_up the weighted sum: the scores are [q_n Wk_up^T, q_p] . [c_s, k_p]. These are two products one after the
+other, since a product of the weights made beforehand would be rounded differently (10091).
+
+A block, with x the residual stream and F attention or feed-forward:
+
+    deepnorm   x <- norm(alpha x + F(x))      (8978, arXiv 2203.00555)
+    prenorm    x <- x + F(norm(x))            and one norm before the head
+
+Initialisation: every matrix is normal with standard deviation gain / sqrt(fan in). The gain of a whole residual
+branch is `branch_gain`; each matrix in its product has a power of it, with the exponent `share` of the axis table:
+1/2 for value and output projection, 1/3 for the three matrices of SwiGLU (8978 and bert4keras' initializer of order
+3). Query and key have gain 1, since they do not scale the branch, and so have the projections into latents, since a
+norm undoes their scale. Through `embed_scale` the embedding starts the stream at RMS 1. With a tied head, a start near
+the identity would be a 2-gram model with a loss of sqrt(m) (9698); `logit_scale` makes it ln v.
+
+What must stay true: scales are numbers in the resolved config, never derived from sizes at run time; initial weights
+depend on (seed, name) alone; the axis table covers every parameter.
+"""
+
+import hashlib
+import math
+
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megakexue.config import LossConfig, MlaConfig, ResolvedModel
+from megakexue.core.attention import Backend, Layout, attend
+from megakexue.core.axes import axes, shape
+from megakexue.core.loss import PLAIN, Losses, Scale, cross_entropy
+from megakexue.core.rope import Rotary, RotaryTables, rotate
+
+# what goes into the model, and what flows from block to block
+Ids = Int64[Tensor, "b t"]
+Stream = Float[Tensor, "b t m"]
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ResolvedModel) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.empty(shape("embedding.weight", config))), config.embed_scale
+
+    def forward(self, tokens: Ids) -> Stream:
+        return functional.embedding(tokens, self.weight) * self.scale
+
+
+class Norm(nn.Module):
+    """RMSNorm with a gain, computed in float32, times `factor`, which costs no extra pass over the result."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.gain, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Float[Tensor, "*n m"], factor: Float32[Tensor, "*n"] | None = None) -> Float[Tensor, "*n m"]:
+        x32 = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if factor is not None:
+            scale = scale * factor[..., None]
+        return (x32 * scale * self.gain.to(x32.dtype)).to(x.dtype)
+
+
+class Cache:
+    """What decoding keeps of one layer, by position: keys and values, or in MLA the latent with the rotary key.
+
+    The slot of a token is its position, so that the rows of a batch may be at different positions. The padding at the
+    right of a prompt is stored too, but later tokens of the row overwrite it before any query sees it.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def extend(self, layout: Layout, *new: Float[Tensor, "b t g _"]) -> list[Tensor]:
+        """Store the tensors of new tokens at their positions; return those of positions 0 ... n_keys - 1."""
+        n_slots = self._tensors[0].shape[1] if self._tensors else 0
+        if n_slots < layout.n_keys:
+            # zeros, since a slot that no query sees has weight 0, and 0 times NaN would be NaN
+            size = max(layout.n_keys, 2 * n_slots)
+            grown = [x.new_zeros(x.shape[0], size, *x.shape[2:]) for x in new]
+            for kept, old in zip(grown, self._tensors):
+                kept[:, :n_slots] = old
+            self._tensors = grown
+        row = torch.arange(len(layout.positions), device=layout.positions.device)[:, None]
+        for kept, x in zip(self._tensors, new, strict=True):
+            kept[row, layout.positions] = x
+        return [kept[:, : layout.n_keys] for kept in self._tensors]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one token of one row, as allocated."""
+        return sum(kept[0, 0].nbytes for kept in self._tensors)
+
+
+def _parameters(config: ResolvedModel, part: str, *names: str) -> list[nn.Parameter]:
+    """Return the parameters `names` of `part` of a block, without values."""
+    return [nn.Parameter(torch.empty(shape(f"blocks.{part}.{name}", config))) for name in names]
+
+
+def _normalized(x: Float[Tensor, "b t h d"]) -> Float[Tensor, "b t h d"]:
+    return functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1).to(x.dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention; MHA is the case n_kv_heads = n_heads, and MQA n_kv_heads = 1."""
+
+    def __init__(self, config: ResolvedModel) -> None:
+        super().__init__()
+        self.d_head, self.scale = config.head_width, config.attention.softmax_scale
+        self.similarity = config.attention.similarity
+        self.wq, self.wk, self.wv, self.wo = _parameters(config, "attention", "wq", "wk", "wv", "wo")
+
+    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        q, k, v = (functional.linear(x, w).unflatten(-1, (-1, self.d_head)) for w in (self.wq, self.wk, self.wv))
+        if self.similarity != "dot":  # without a gain, which would undo it (9859)
+            k = _normalized(k)
+        if self.similarity == "cosine":
+            q = _normalized(q)
+        q, k = rotate(q, rotary.query, rotary.factor), rotate(k, rotary.key)
+        if cache is not None:
+            k, v = cache.extend(layout, k, v)
+        return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: the plain form in training and for long prompts, the absorbed for a few queries."""
+
+    def __init__(self, config: ResolvedModel, mla: MlaConfig) -> None:
+        super().__init__()
+        self.mla, self.n_heads, self.scale = mla, config.n_heads, config.attention.softmax_scale
+        if mla.d_query_latent:
+            self.wq_down, self.wq_up = _parameters(config, "attention", "wq_down", "wq_up")
+            self.q_norm = Norm(mla.d_query_latent, config.norm_eps)
+        else:
+            (self.wq,) = _parameters(config, "attention", "wq")
+        self.wkv_down, self.wk_rope = _parameters(config, "attention", "wkv_down", "wk_rope")
+        self.wk_up, self.wv_up, self.wo = _parameters(config, "attention", "wk_up", "wv_up", "wo")
+        self.kv_norm = Norm(mla.d_latent, config.norm_eps)
+
+    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        c, p = self.mla.d_latent, self.mla.d_rope
+        # one product with the input for all projections into latents, since some are too narrow to be fast alone
+        if q_width := self.mla.d_query_latent:
+            down = torch.cat([self.wq_down, self.wkv_down, self.wk_rope])
+            q_latent, latent, k_rope = functional.linear(x, down).split([q_width, c, p], dim=-1)
+            # the factor on the latent reaches both parts of the query, so its rotation is the plain one
+            q = functional.linear(self.q_norm(q_latent, rotary.factor), self.wq_up)
+            q = rotate(q.unflatten(-1, (self.n_heads, -1)), rotary.key)
+        else:
+            latent, k_rope = functional.linear(x, torch.cat([self.wkv_down, self.wk_rope])).split([c, p], dim=-1)
+            q = rotate(functional.linear(x, self.wq).unflatten(-1, (self.n_heads, -1)), rotary.query, rotary.factor)
+        latent, k_rope = self.kv_norm(latent), rotate(k_rope[:, :, None], rotary.key)
+        if cache is not None:
+            (kept,) = cache.extend(layout, torch.cat([latent[:, :, None], k_rope], dim=-1))
+            if layout.is_absorbed:
+                return functional.linear(self._absorbed(q, kept, layout).flatten(2), self.wo)
+            latent, k_rope = kept[:, :, 0, :c], kept[..., c:]
+        k_nope, v = (functional.linear(latent, w).unflatten(-1, (self.n_heads, -1)) for w in (self.wk_up, self.wv_up))
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1)
+        return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
+
+    def _absorbed(
+        self, q: Float[Tensor, "b t h d"], kept: Float[Tensor, "b s 1 c_p"], layout: Layout
+    ) -> Float[Tensor, "b t h e"]:
+        c, h = self.mla.d_latent, self.n_heads
+        q_nope, q_rope = q.split([self.mla.d_nope, self.mla.d_rope], dim=-1)
+        q_latent = torch.einsum("bthn,hnc->bthc", q_nope, self.wk_up.view(h, -1, c))
+        query = torch.cat([q_latent, q_rope], dim=-1)
+        out = attend(query, kept, kept[..., :c], layout, scale=self.scale)
+        return torch.einsum("bthc,hec->bthe", out, self.wv_up.view(h, -1, c))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ResolvedModel) -> None:
+        super().__init__()
+        self.w_gate, self.w_up, self.w_down = _parameters(config, "feed_forward", "w_gate", "w_up", "w_down")
+
+    def forward(self, x: Stream) -> Stream:
+        hidden = functional.silu(functional.linear(x, self.w_gate)) * functional.linear(x, self.w_up)
+        return functional.linear(hidden, self.w_down)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ResolvedModel) -> None:
+        super().__init__()
+        self.is_prenorm, self.alpha = config.residual == "prenorm", config.residual_alpha
+        self.attention = LatentAttention(config, config.mla) if config.mla else GroupedQueryAttention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = Norm(config.d_model, config.norm_eps)
+        self.feed_forward_norm = Norm(config.d_model, config.norm_eps)
+
+    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        if self.is_prenorm:
+            x = x + self.attention(self.attention_norm(x), rotary, layout, cache)
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention_norm(self.alpha * x + self.attention(x, rotary, layout, cache))
+        return self.feed_forward_norm(self.alpha * x + self.feed_forward(x))
+
+
+class Head(nn.Module):
+    """Logits or, with targets, the loss without the logits. A tied head holds the embedding's own parameter."""
+
+    def __init__(self, config: ResolvedModel, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape("head.weight", config))) if tied is None else tied
+        self.scale = config.logit_scale
+
+    def forward(
+        self, hidden: Float[Tensor, "*b_t m"], targets: Ids | None = None, gradient_scale: Scale = 1.0,
+        loss: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None,
+    ) -> Float[Tensor, "*b_t v"] | Losses:  # fmt: skip
+        if targets is None:
+            logits = functional.linear(hidden, self.weight)
+            return (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
+        flat = hidden.flatten(0, 1)
+        return cross_entropy(flat, self.weight, targets.flatten(), self.scale, gradient_scale, loss, emo_rows)
+
+
+def is_absorbed_cheaper(mla: MlaConfig, n_queries: int, n_keys: int) -> bool:
+    """Compare the multiplications of a head: wider keys for each pair, or making keys and values of the past again."""
+    wider = n_queries * n_keys * (2 * mla.d_latent - mla.d_nope - mla.d_value)
+    return wider < (n_keys - n_queries) * mla.d_latent * (mla.d_nope + mla.d_value)
+
+
+class Decoder(nn.Module):
+    """The whole model. Its weights have no values until they are loaded."""
+
+    def __init__(self, config: ResolvedModel, backend: Backend) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.rotary = RotaryTables(config)
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        # with DeepNorm, the last block ends with a norm
+        self.norm = Norm(config.d_model, config.norm_eps) if config.residual == "prenorm" else nn.Identity()
+        self.head = Head(config, self.embedding.weight if config.tie_embeddings else None)
+
+    def forward(
+        self, tokens: Ids, positions: Ids, cu_seqlens: Int32[Tensor, " n"] | None = None, targets: Ids | None = None,
+        gradient_scale: Scale = 1.0, caches: list[Cache] | None = None, n_positions: int | None = None,
+        loss: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None,
+    ) -> Float[Tensor, "b t v"] | Losses:  # fmt: skip
+        """Return logits [b, t, v], or with `targets` the sums of the losses; both float32 (logits of float64: float64).
+
+        Args:
+            positions: of the tokens in their documents; all below `n_positions` (default: t).
+            cu_seqlens: boundaries of packed documents; None: each row is one document.
+            gradient_scale, loss, emo_rows: see `megakexue.core.loss.cross_entropy`.
+            caches: one per layer, for decoding: tokens follow those already in it, and a query at position p sees the
+                tokens at positions up to p of its row.
+        """
+        hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions)
+        return self.head(hidden, targets, gradient_scale, loss, emo_rows)
+
+    def hidden(
+        self, tokens: Ids, positions: Ids, cu_seqlens: Int32[Tensor, " n"] | None = None,
+        caches: list[Cache] | None = None, n_positions: int | None = None,
+    ) -> Stream:  # fmt: skip
+        """Return what the head multiplies; arguments as in `forward`."""
+        n_positions = n_positions or tokens.shape[1]
+        rotary, x = self.rotary(positions, n_positions), self.embedding(tokens)
+        config, n_keys = self.config, n_positions if caches else None
+        is_absorbed = bool(n_keys and config.mla and is_absorbed_cheaper(config.mla, tokens.shape[1], n_keys))
+        layout = Layout(
+            positions, cu_seqlens, backend=self.backend, dtype=x.dtype, n_keys=n_keys, is_absorbed=is_absorbed,
+            repeats=config.n_heads if is_absorbed else config.n_heads // config.n_groups,
+        )  # fmt: skip
+        for i, block in enumerate(self.blocks):
+            x = block(x, rotary, layout, caches[i] if caches else None)
+        return self.norm(x)
+
+
+def centre(name: str, config: ResolvedModel) -> float:
+    """Return the mean of a parameter's initial elements, towards which the guard's `shrink` moves it (9512)."""
+    return config.gain_centre if axes(name).role == "gain" else 0.0
+
+
+def initial_weight(name: str, config: ResolvedModel, seed: int) -> Float32[Tensor, "..."]:
+    """Return a parameter's initial value, float32 on the CPU; it depends on (seed, name) and the config alone."""
+    table, size = axes(name), shape(name, config)
+    if table.role == "gain":
+        return torch.full(size, centre(name, config))
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    gain = config.branch_gain**table.share
+    if name == "head.weight":
+        gain = 0.5  # logits of standard deviation 1/2: the first loss is ln v + 1/8
+    return torch.randn(size, generator=generator) * (gain / math.sqrt(size[1]))

@@ -1,0 +1,457 @@
+"""One optimizer step under DeepSpeed: build, forward and backward, and the step that all ranks take together.
+
+This file and zero.py alone know DeepSpeed. DeepSpeed holds weights, gradients and masters as the ZeRO stage says,
+reduces gradients, and gathers weights. Its own step is replaced, so that it does not check for non-finite values, scale
+the loss, clip, set the learning rate, or move weights: it would do each of these in silence, and differently by stage
+and precision. They are ours (megakexue/run/guard.py, megakexue/core/optim.py).
+
+One step:
+    1. the global number of target tokens is known before the first backward, so the loss of each micro-batch is its
+       sum times loss_scale * world_size / n_targets (DeepSpeed averages over ranks);
+    2. after the last backward one all-reduce gives every rank the same loss, and of every parameter the square of the
+       gradient's norm and Tiger's sums, in float64, so that none depends on how ZeRO cut the tensors;
+    3. the guard decides from them, before anything has changed; the optimizer moves the masters, or does not;
+    4. DeepSpeed's gradients are cleared, and its weights are the masters, cast, again.
+With `optim.accumulate: momentum` 2 happens after each backward, and the gradient goes into the momentum where it is
+finite, which is decided on the device.
+
+What must stay true: masters are float32; module weights are the masters, cast, after every load and every step.
+"""
+
+import atexit
+import gc
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megakexue import dist
+from megakexue.config import EngineConfig, ResolvedConfig, Status
+from megakexue.core.attention import choose_backend
+from megakexue.core.axes import axes, parameter_names, shape
+from megakexue.core.batch import Batch
+from megakexue.core.decoder import Decoder, centre, initial_weight
+from megakexue.core.device import DTYPES, find_device
+from megakexue.core.loss import unit_rows
+from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
+from megakexue.core.schedule import clip_factor
+from megakexue.core.segments import Segment, cut_rows
+from megakexue.run.guard import Guard
+from megakexue.run.zero import STAGES
+
+LOAD_ELEMENTS = 2**21
+"""Of a segment that are read at a time: 8 MiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    loss: float
+    """Mean cross-entropy over the target tokens of all ranks, in nats, without z-loss or EMO."""
+    grad_norm: float
+    """Before clipping. With `optim.accumulate: momentum`, the root mean square of the micro-batches' own."""
+    n_targets: int
+    status: Status
+    note: str | None
+    """What the guard has to say about this step."""
+    reason_to_stop: str | None
+    """Why the guard wants this step to be the last; None: training goes on."""
+    bad_ranks: list[int] = field(default_factory=list)
+    """Ranks whose own loss was not finite."""
+    bad_tensors: list[str] = field(default_factory=list)
+    """Parameters whose gradient was not finite, in the model's order."""
+    statistics: dict[str, list[float]] | None = None
+    """Where asked for: the sums of `optim.N_STATISTICS` of each parameter."""
+    n_drifting_rows: int = 0
+    """Where statistics were asked for: see `Optimizer.n_drifting_rows`."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(kw_only=True)
+class _Gradient:
+    """What the micro-batches of a step come to, the same on all ranks but for the pieces, on the device."""
+
+    pieces: list[Tensor]
+    """The reduced gradient of each segment of this rank; with `accumulate: momentum`, of the last micro-batch."""
+    sums: Sums
+    """Of the squares of these pieces."""
+    weights: Sums
+    """Of the squares of the masters."""
+    factor: Tensor
+    """What the pieces are multiplied with: loss scale and clipping in one."""
+    loss: Tensor
+    """The summed cross-entropy of all ranks, float64."""
+    own_loss: Tensor
+    """Of this rank."""
+    squares: Tensor
+    """Of each parameter, of the mean gradient times the loss scale, float64."""
+    is_bad: Tensor
+    """For each parameter, whether a gradient of it may not be used."""
+
+
+class _NoOptimizer(torch.optim.Optimizer):
+    """What DeepSpeed is told the optimizer is: it holds the parameters, and its step does nothing."""
+
+    def __init__(self, parameters: Iterator[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+def start(config: EngineConfig) -> dist.Ranks:
+    """Join the world: set up the environment, DeepSpeed's quiet start, and the process group."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    is_alone = dist.set_environment_of_one()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    if get_accelerator().device_name() == "cpu":
+        # otherwise the first start compiles a C++ op for minutes, and a kill meanwhile leaves a lock that hangs others
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # true of fused kernels only: plain fp16 works on any CPU, slowly
+        get_accelerator().is_fp16_supported = lambda: True
+        # numbers below 1e-38 make arithmetic a hundred times slower, and AdamW's moments of rare rows decay to them
+        torch.set_flush_denormal(True)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.read_ranks().local_world_size))
+    else:
+        torch.cuda.set_device(find_device(index=dist.read_ranks().local_rank))
+    timeout = timedelta(seconds=config.timeout_s)
+    if is_alone:
+        # without a port, since another process that starts at the same moment may take the one that was free
+        backend = get_accelerator().communication_backend_name()
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    # a garbage collection need not look at what is imported: stage 3 collects when it starts, which took a second
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries complain that their objects outlive the interpreter
+    return dist.read_ranks()
+
+
+def deepspeed_config(config: ResolvedConfig, n_micro_batches: int) -> dict[str, Any]:
+    """Return the DeepSpeed dictionary: everything that is ours is switched off in it."""
+    stage, dtype, bucket = config.engine.zero_stage, config.engine.dtype, config.engine.bucket_elements
+    zero: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        # reduced to the owner instead of summed everywhere: 4 bytes a parameter on the wire instead of 6
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
+                 "use_multi_rank_bucket_allreduce": False, "compute_grad_norm": False}  # fmt: skip
+    if stage == 3:
+        zero |= {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket // 10}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        # absorbed into the momentum, each micro-batch is reduced as a step of its own
+        "gradient_accumulation_steps": 1 if config.optim.accumulate == "momentum" else n_micro_batches,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**62,
+        # a static loss scale of 1 and no check: the guard owns both
+        "bf16": {"enabled": dtype == "bf16", "check_grad_overflow": False},
+        "fp16": {"enabled": dtype == "fp16", "loss_scale": 1.0},
+    }
+
+
+class Engine:
+    """A decoder under DeepSpeed. Weights are undefined until `load`."""
+
+    def __init__(self, config: ResolvedConfig, ranks: dist.Ranks) -> None:
+        import deepspeed
+
+        self.config, self.ranks, self.device = config, ranks, find_device(index=ranks.local_rank)
+        self.dtype = DTYPES[config.engine.dtype]
+        self.guard = Guard(config.guard, config.engine.dtype)
+        self.n_micro_batches = config.train.n_micro_batches(ranks.data_size)
+        self.deepspeed_config = deepspeed_config(config, self.n_micro_batches)
+        model, seq_len = config.model, config.data.seq_len
+        where = self.device.type, self.dtype, model.head_width, model.value_width, seq_len
+        backend, self.backend_reason = choose_backend(model.attention.backend, *where)
+        partitioned = config.engine.zero_stage == 3
+        build = deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config) if partitioned else self.device
+        with build, torch.device(self.device) if partitioned else nullcontext():
+            module = Decoder(model, backend)
+        parameters = dict(module.named_parameters())
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=_NoOptimizer(module.parameters()), config=self.deepspeed_config
+        )
+        self.module: Decoder = self._engine.module
+        names = {id(p): name for name, p in parameters.items()}
+
+        def make(p: Tensor, start: int, stop: int, flat: int, offset: int) -> Segment:
+            name = names[id(p)]
+            role, size = axes(name).role, shape(name, model)
+            return Segment(name=name, role=role, shape=size, start=start, stop=stop, flat=flat, offset=offset)
+
+        inner = self._engine.optimizer
+        self._layout = STAGES[config.engine.zero_stage](inner, make, parameters, ranks.rank)
+        inner.step = self._layout.clear
+        self.segments = self._layout.segments
+        masters = [segment.of(self._layout.flats[segment.flat]) for segment in self.segments]
+        of_ranks = dist.gather({str(ranks.rank): cut_rows(self.segments)})
+        cut = sorted({row for rows in of_ranks.values() for row in rows})
+        self.optimizer = Optimizer(config.optim, self.segments, masters, parameter_names(model), cut, self.device)
+        self._emo_rows: Tensor | None = None
+        self._readers: list[Callable[[], None]] = []
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold different segments; at stage 0 all hold everything."""
+        return self.config.engine.zero_stage > 0
+
+    def state_tensors(self) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
+        """Yield each segment of this rank with its `master` and the optimizer's state tensors."""
+        for segment, master, state in zip(self.segments, self.optimizer.masters, self.optimizer.state):
+            yield segment, {"master": master} | state
+
+    def before_next_change(self, wait: Callable[[], None]) -> None:
+        """Call `wait` once before masters or state change next: it waits for somebody who is still reading them."""
+        self._readers.append(wait)
+
+    def _wait_for_readers(self) -> None:
+        while self._readers:
+            self._readers.pop()()
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str, Segment], Tensor], *, with_state: bool = False) -> None:
+        """Fill the masters from `read("master", segment)`, the module's weights from them, and compare both.
+
+        The one way to start: fresh, resumed, from a bundle or grown. Weights put into the module itself would be
+        reverted by the first step, since DeepSpeed's masters would be stale. A long segment is read in parts, so that
+        no host needs room for more than its own share.
+
+        Args:
+            with_state: fill the optimizer's state tensors too; otherwise they stay as they are.
+        """
+        self._wait_for_readers()
+        for segment, views in self.state_tensors():
+            for kind, view in views.items():
+                if kind == "master" or with_state:
+                    for part, target in zip(segment.split(LOAD_ELEMENTS), view.split(LOAD_ELEMENTS), strict=True):
+                        value = read(kind, part)
+                        assert value.numel() == part.numel, f"{kind} of {part} was given {value.numel()} elements"
+                        target.copy_(value.reshape(-1))
+        self.optimizer.masters_changed()
+        self._layout.refresh()
+        self.check_weights()
+
+    def load_new(self, seed: int) -> None:
+        """Load the initial weights of `seed`, with one whole tensor in memory at a time."""
+        whole: dict[str, Tensor] = {}
+
+        def read(kind: str, segment: Segment) -> Tensor:
+            if segment.name not in whole:  # the parts of a parameter follow one another
+                whole.clear()
+                whole[segment.name] = initial_weight(segment.name, self.config.model, seed).view(-1)
+            return whole[segment.name][segment.start : segment.stop]
+
+        self.load(read)
+
+    @torch.no_grad()
+    def check_weights(self) -> None:
+        """Assert on every rank that the module's weights are its masters, cast."""
+        for segment in self.segments:
+            for view in self._layout.weights(segment):
+                for part, weight in zip(segment.split(LOAD_ELEMENTS), view.split(LOAD_ELEMENTS), strict=True):
+                    own = part.of(self._layout.flats[part.flat])
+                    assert torch.equal(weight, own.to(weight.dtype)), f"stale weights: {part}"
+
+    def compare_tokens_by(self, head: Tensor) -> None:
+        """Keep the rows of a head [v, m], at length 1, by which `loss.emo` compares tokens while the head trains on."""
+        self._emo_rows = unit_rows(head).to(self.device, self.dtype)
+
+    # --- one optimizer step ----------------------------------------------------------------------------------------
+
+    def train_step(
+        self, batches: list[Batch], lr: float, step: int, *, statistics: bool = False,
+        between: Callable[[], Any] = lambda: None,
+    ) -> StepResult:  # fmt: skip
+        """Take the micro-batches of one optimizer step, and do what the guard says.
+
+        Args:
+            between: called between micro-batches as long as nothing has changed; may raise to give the step up.
+        """
+        assert len(batches) == self.n_micro_batches
+        self._engine.train()
+        counts = torch.tensor(sum(batch.n_targets for batch in batches), dtype=torch.float64, device=self.device)
+        # stays on the device, so that the forward pass need not wait for the number
+        n_targets = dist.sum_over_ranks(counts).clamp(min=1)
+        loss_scale = self.guard.loss_scale
+        scale = (loss_scale * self.ranks.world_size / n_targets).float()
+        if self.config.optim.accumulate == "momentum":
+            gradient = self._absorbed(batches, scale)
+        else:
+            gradient = self._summed(batches, scale, between)
+        # the one time that the host waits for the device
+        numbers = torch.cat([gradient.loss[None], n_targets[None], gradient.squares, gradient.is_bad]).tolist()
+        loss_sum, count, *of_parameters = numbers
+        names = self.optimizer.names
+        loss, grad_norm = loss_sum / count, sum(of_parameters[: len(names)]) ** 0.5 / loss_scale
+        bad = [name for name, flag in zip(names, of_parameters[len(names) :]) if flag]
+        decision = self.guard.decide(loss, grad_norm, step)
+        result = StepResult(
+            loss=loss, grad_norm=grad_norm, n_targets=int(count), status=decision.status, note=decision.note,
+            reason_to_stop=decision.reason_to_stop,
+        )  # fmt: skip
+        result = self._update(result, gradient, lr, bad, statistics=statistics)
+        if bad or not math.isfinite(loss):
+            flags = dist.gather({str(self.ranks.rank): bool(gradient.own_loss.isfinite())})
+            bad_ranks = [int(rank) for rank, is_finite in flags.items() if not is_finite]
+            result = replace(result, bad_ranks=bad_ranks, bad_tensors=bad)
+        return result
+
+    def _summed(self, batches: list[Batch], scale: Tensor, between: Callable[[], Any]) -> _Gradient:
+        """Let DeepSpeed add the micro-batches' gradients up, and reduce their sum."""
+        own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(batches):
+            own_loss += self._backward(batch, scale)
+            if i < len(batches) - 1:
+                self._engine.step()  # counts the micro-step
+                between()
+        pieces = self._layout.gradients()
+        sums, weights = self.optimizer.gradient_sums(pieces), self.optimizer.weight_sums()
+        loss = self._add_over_ranks(own_loss, sums, weights)
+        squares = sums.total[: len(self.optimizer.names)]
+        is_good = self._is_good(loss, squares)
+        return _Gradient(
+            pieces=pieces, sums=sums, weights=weights, factor=self._gradient_factor(squares, is_good), loss=loss,
+            own_loss=own_loss, squares=squares, is_bad=~is_good,
+        )  # fmt: skip
+
+    def _absorbed(self, batches: list[Batch], scale: Tensor) -> _Gradient:
+        """Reduce each micro-batch as a step of its own, and take it into the momentum where it is finite (8634)."""
+        n, names = len(batches), self.optimizer.names
+        own_loss, loss = torch.zeros(2, dtype=torch.float64, device=self.device)
+        mean_squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        is_bad = torch.zeros(len(names), dtype=torch.bool, device=self.device)
+        for i, batch in enumerate(batches):
+            cross_entropy = self._backward(batch, scale)
+            own_loss += cross_entropy
+            pieces = self._layout.gradients()
+            sums = self.optimizer.gradient_sums(pieces)
+            weights = self.optimizer.weight_sums() if i == n - 1 else None
+            loss_of_batch = self._add_over_ranks(cross_entropy, sums, weights)
+            squares = sums.total[: len(names)] * n**2  # of the mean gradient, as far as this micro-batch shows it
+            is_good = self._is_good(loss_of_batch, squares)
+            factor = self._gradient_factor(squares, is_good)
+            self._wait_for_readers()
+            self.optimizer.absorb(pieces, sums, factor, is_good)
+            loss += loss_of_batch
+            mean_squares += squares / n
+            is_bad |= ~is_good
+            if i < n - 1:
+                del pieces
+                self._engine.step()  # clears the gradient that the momentum has
+        assert weights is not None
+        return _Gradient(
+            pieces=pieces, sums=sums, weights=weights, factor=factor, loss=loss, own_loss=own_loss,
+            squares=mean_squares, is_bad=is_bad,
+        )  # fmt: skip
+
+    def _update(
+        self, result: StepResult, gradient: _Gradient, lr: float, bad: list[str], *, statistics: bool
+    ) -> StepResult:
+        """Move the masters if the step is to be taken, free the gradients, and make the weights the masters again."""
+        is_taken, sums = result.status in ("applied", "shrunk"), None
+        self._wait_for_readers()
+        if is_taken:
+            ratio = self.config.guard.shrink_ratio
+            shrink = {name: (centre(name, self.config.model), ratio) for name in bad}
+            assert bool(shrink) == (result.status == "shrunk")
+            sums = self.optimizer.step(
+                gradient.pieces, gradient.weights, gradient.sums, lr=lr, factor=gradient.factor, shrink=shrink,
+                statistics=statistics and not shrink,
+            )  # fmt: skip
+        else:
+            self.optimizer.end_window()
+        gradient.pieces.clear()
+        self._engine.step()
+        if is_taken:
+            self._layout.refresh()
+        return result if sums is None else self._with_statistics(result, sums)
+
+    def _backward(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Take a micro-batch through the model and back; return the sum of its cross-entropy, float32."""
+        options = {"gradient_scale": scale, "loss": self.config.loss, "emo_rows": self._emo_rows}
+        losses = self._engine(*self._inputs(batch), **options)
+        self._engine.backward(losses.objective * scale, scale_wrt_gas=False)
+        return losses.cross_entropy
+
+    def _add_over_ranks(self, loss: Tensor, sums: Sums, weights: Sums | None) -> Tensor:
+        """Add up the loss and the sums of all ranks in one all-reduce; return the loss."""
+        both = [sums, weights] if weights is not None else [sums]
+        totals = torch.cat([s.total for s in both])
+        if not self.is_sharded and not self.ranks.is_first:
+            totals.zero_()  # every rank holds every tensor: count them once
+        summed = dist.sum_over_ranks(torch.cat([loss.double()[None], totals]))
+        loss, *totals = summed.split([1] + [len(s.total) for s in both])
+        for s, total in zip(both, totals):
+            s.total = total
+        return loss[0]
+
+    def _is_good(self, loss: Tensor, squares: Tensor) -> Tensor:
+        """For each parameter, on every rank alike, whether its gradient may be used."""
+        is_good = squares.isfinite() & loss.isfinite()
+        # shrink is a matter of single tensors, unless fp16's loss scale was too large for all of them
+        if self.config.guard.on_nonfinite != "shrink" or self.guard.scales_loss:
+            is_good = is_good.all().expand_as(is_good)
+        return is_good
+
+    def _gradient_factor(self, squares: Tensor, is_good: Tensor) -> Tensor:
+        """What the gradients are multiplied with: loss scale and clipping in one, by the norm of what is used."""
+        norm = torch.where(is_good, squares, 0.0).sum().sqrt() / self.guard.loss_scale
+        return clip_factor(self.config.optim, norm) / self.guard.loss_scale
+
+    def _with_statistics(self, result: StepResult, sums: Tensor) -> StepResult:
+        # a tied embedding gets a gradient in every row
+        drifting = self.optimizer.n_drifting_rows() * (not self.config.model.tie_embeddings)
+        total = torch.cat([sums.view(-1), drifting])
+        if self.is_sharded:
+            dist.sum_over_ranks(total)
+        table = dict(zip(self.optimizer.names, total[:-1].view(-1, N_STATISTICS).tolist()))
+        return replace(result, statistics=table, n_drifting_rows=int(total[-1].item()))
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluation_loss(self, batch: Batch) -> Tensor:
+        """Return the sum of the cross-entropy of this rank's micro-batch, float32, on its device."""
+        self._engine.eval()
+        return self._engine(*self._inputs(batch)).cross_entropy
+
+    def validation_loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Return (mean loss in nats, target tokens) over the micro-batches of all ranks, on every rank.
+
+        Sums are float64 and divided once, so the mean does not depend on the number of ranks.
+
+        Args:
+            batches: as many on each rank, such as `Batches.first_rows` yields.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            loss = self.evaluation_loss(batch)
+            total += torch.stack([loss.double(), loss.new_tensor(batch.n_targets, dtype=torch.float64)])
+        loss_sum, n_tokens = dist.sum_over_ranks(total).tolist()
+        return loss_sum / max(1, n_tokens), int(n_tokens)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        def put(x: Tensor) -> Tensor:
+            return x.to(self.device, non_blocking=True)
+
+        boundaries = None if batch.boundaries is None else put(batch.boundaries)
+        return put(batch.tokens), put(batch.positions), boundaries, put(batch.targets)

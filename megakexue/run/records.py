@@ -1,0 +1,164 @@
+"""The records of a run: `metrics.jsonl`, from which everything else is drawn.
+
+Each line is one JSON object. Its "kind" says which fields it has: those of `StepRecord` ("train"), `ValidationRecord`
+("valid") or `StatisticsRecord` ("statistics"). Floats are written by `repr`, so that they read back to the same bits.
+JSON has no other numbers, so non-finite ones are the strings "nan", "inf" and "-inf", which `float()` takes too.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megakexue.config import Status, UserError, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    step: int
+    """Optimizer steps done, this one included: the first is 1."""
+    loss: float
+    """Nats per target token."""
+    grad_norm: float
+    lr: float
+    tokens: int
+    """Target tokens since step 1, padding left out."""
+    tokens_per_s: float
+    """Over all ranks."""
+    mfu: float
+    """A fraction; nan when the peak is unknown."""
+    memory_gib: float
+    status: Status
+    loss_scale: float
+    epoch: float
+    data_wait_s: float
+    """The part of `step_s` that was spent waiting for the batch."""
+    step_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    step: int
+    loss: float
+    """Nats per target token."""
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorStatistics:
+    """What one step did to a tensor; an RMS is over its elements."""
+
+    weight_rms: float
+    update_rms: float
+    """Of the change that the step made to the tensor."""
+    gradient_rms: float
+    cosine: float
+    """Between the change and minus the gradient; nan where either is zero."""
+    sign_agreement: float
+    """Share of the elements with a nonzero gradient that moved against its sign."""
+
+    @property
+    def update_per_weight(self) -> float:
+        return self.update_rms / self.weight_rms if self.weight_rms else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsRecord:
+    step: int
+    whole: TensorStatistics
+    """All tensors as one vector."""
+    tensors: dict[str, TensorStatistics]
+    """By parameter name."""
+    n_drifting_rows: int
+    """Rows of the embedding whose RMS is beyond a tenth of 1 / weight_decay."""
+
+
+def statistics_record(step: int, sums_by_name: dict[str, list[float]], n_drifting_rows: int) -> StatisticsRecord:
+    """Make a record of the sums that `optim.N_STATISTICS` lists, by parameter."""
+
+    def of(sums: Iterable[float]) -> TensorStatistics:
+        weight2, update2, gradient2, product, n_with_gradient, n_against, n = sums
+        norms = math.sqrt(update2 * gradient2)
+        return TensorStatistics(
+            weight_rms=math.sqrt(weight2 / n),
+            update_rms=math.sqrt(update2 / n),
+            gradient_rms=math.sqrt(gradient2 / n),
+            cosine=product / norms if norms else math.nan,
+            sign_agreement=n_against / n_with_gradient if n_with_gradient else math.nan,
+        )
+
+    return StatisticsRecord(
+        step=step,
+        whole=of(map(sum, zip(*sums_by_name.values()))),
+        tensors={name: of(sums) for name, sums in sums_by_name.items()},
+        n_drifting_rows=n_drifting_rows,
+    )
+
+
+Record = StepRecord | ValidationRecord | StatisticsRecord
+_KINDS: dict[str, type[Record]] = {"train": StepRecord, "valid": ValidationRecord, "statistics": StatisticsRecord}
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Read the records of a run folder, or of a metrics.jsonl, in the order of the file.
+
+    A last line that a kill tore off is left out.
+
+    Raises:
+        UserError: there is no such file, a line is no record, or the training steps do not increase.
+    """
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    require(path.is_file(), f"{path}: no such file: give a run folder that launch/train.py has written, or its metrics")
+    records: list[Record] = []
+    step = 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # whole lines leave "" at the end
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = _parse(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break
+            remedy = "repair the line or move the file away"
+            raise UserError(f"{path}:{number}: no record of a run ({error!r}): {remedy}") from error
+        if isinstance(record, StepRecord):
+            require(
+                record.step > step,
+                f"{path}:{number}: step {record.step} comes after step {step}: two runs have written into this folder; "
+                "move the file away and give each its own train.run",
+            )
+            step = record.step
+        records.append(record)
+    return records
+
+
+def _parse(line: str) -> Record:
+    values = json.loads(line)
+    kind = _KINDS[values.pop("kind")]
+    if kind is StatisticsRecord:
+        values["whole"] = _typed(TensorStatistics, values["whole"])
+        values["tensors"] = {name: _typed(TensorStatistics, tensor) for name, tensor in values["tensors"].items()}
+    return _typed(kind, values)
+
+
+def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Make a `kind` of JSON's `values`, whose "nan" becomes nan."""
+    for field in dataclasses.fields(kind):
+        if field.type in (int, float):
+            values[field.name] = float(values[field.name]) if field.type is float else int(values[field.name])
+    return kind(**values)
+
+
+def json_line(record: Record) -> str:
+    """Return the line of metrics.jsonl, with its end, that `read_metrics` reads as `record`."""
+    kind = next(name for name, kind in _KINDS.items() if isinstance(record, kind))
+    return json.dumps({"kind": kind, **_finite(dataclasses.asdict(record))}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Turn floats that JSON does not have into strings, in dicts inside `value` too."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,252 @@
+"""A source: one split of one folder of prepared data, local or remote, and the cache of shards.
+
+The storage is that of mosaicml-streaming: its MDS shards, downloaders, decompression and hashes. Its StreamingDataset
+is not used. It gives random access by shared memory, which costs more than it gives: two jobs that start together on
+one node take the same names; a killed job leaves names behind, and the clean-up that removes them harms live jobs;
+after a failed download the other ranks wait for ever; the next start trusts a shard that is half downloaded; and
+`cache_limit` may delete a local source.
+
+What must stay true: files are the only state that processes share. A shard is downloaded to a temporary folder,
+checked, and renamed into the cache, under a lock that the kernel frees when its holder dies. So ranks need no barrier,
+any number of runs may share a cache, and a shard that is evicted while it is open can still be read. A local source is
+never written.
+"""
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from streaming.base.format.mds import MDSReader
+from streaming.base.hashing import get_hash
+from streaming.base.storage import CloudDownloader
+from streaming.base.stream import Stream
+from streaming.base.util import bytes_to_int
+from streaming.base.world import World
+
+from megakexue.config import DataConfig, SourceConfig, UserError, require
+from megakexue.text.manifest import Manifest, check_tokenizer, read_manifest
+
+log = logging.getLogger("megakexue")
+
+T = TypeVar("T")
+
+
+class Source:
+    """One split of one prepared folder: its manifest, its index and its shards.
+
+    A remote folder is read through `cache`, shard by shard, and so is a local one with compressed shards. Another local
+    one is read in place. `file://` makes a mounted folder remote, for a cache on a faster disk.
+    """
+
+    def __init__(self, source: SourceConfig, split: str, config: DataConfig, cache: Path) -> None:
+        self.path, self.split, self.cache, self.config = source.path, split, cache, config
+        self.remote = source.path.removeprefix("file://").rstrip("/")
+        # from a local folder nothing is downloaded, so there is nothing to try again
+        self.n_attempts = 1 + config.download_retries if source.is_remote else 1
+        limit = config.cache_limit
+        try:
+            self.cache_limit = None if limit is None else bytes_to_int(limit)
+        except ValueError as error:
+            raise UserError(f"data.cache_limit={limit!r} is not a number of bytes such as 200gb") from error
+        require(source.is_remote or Path(self.remote).is_dir(), f"data.sources: no such folder: {source.path}")
+
+        self.manifest = self._read_manifest()
+        self.n_rows = self.manifest.n_rows(split)
+        self.shards: list[MDSReader] = self._read_index() if self.n_rows else []
+        self.shard_rows = np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        found = int(self.shard_rows.sum())
+        require(
+            found == self.n_rows,
+            f"data source {self.path}: {split}/index.json has {found} rows but manifest.json says {self.n_rows}: "
+            "the copy is incomplete; copy it again or prepare the data again",
+        )
+        self.is_cached = source.is_remote or any(shard.compression for shard in self.shards)
+        name = f"{Path(self.remote).name}-{hashlib.sha256(self.remote.encode()).hexdigest()[:8]}"
+        self.folder = (cache / "shards" / name if self.is_cached else Path(self.remote)) / split
+        self.verified: set[int] = set()
+
+    def name(self, index: int) -> str:
+        """Name a shard for messages."""
+        return f"{self.path}/{self.split}/{self.shards[index].raw_data.basename}"
+
+    def _attempt(self, what: str, action: Callable[[], T]) -> T:
+        """Call `action` until it succeeds, at most `n_attempts` times, waiting longer each time."""
+        for attempt in itertools.count(1):
+            try:
+                return action()
+            except Exception as error:  # each downloader raises its own kinds
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                if attempt == self.n_attempts:
+                    raise UserError(
+                        f"data source {self.path}: cannot read {what} after {attempt} attempts ({reason}): "
+                        "check the path, the access rights and the network, or prepare the data again"
+                    ) from error
+            wait_s = min(2 ** (attempt - 1), self.config.download_timeout_s)
+            log.warning(
+                "data source %s: attempt %d of %d to read %s failed (%s); tries again in %g s",
+                self.path, attempt, self.n_attempts, what, reason, wait_s,
+            )  # fmt: skip
+            time.sleep(wait_s)
+        raise AssertionError
+
+    def _read_manifest(self) -> Manifest:
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "manifest.json"
+            arguments = f"{self.remote}/manifest.json", str(target), self.config.download_timeout_s
+            self._attempt("manifest.json", lambda: CloudDownloader.get(self.remote).download(*arguments))
+            manifest = read_manifest(self.path, target)
+        check_tokenizer(manifest, self.path, self.config.tokenizer)
+        return manifest
+
+    def _read_index(self) -> list[MDSReader]:
+        """Read the shard index anew at each start, so that a cache never outlives the data it was filled from."""
+        with tempfile.TemporaryDirectory() as folder:
+            alone = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+            get_shards = partial(self._stream(folder).get_shards, alone, allow_unsafe_types=False)
+            readers = self._attempt(f"{self.split}/index.json", get_shards)
+        shards = [reader for reader in readers if isinstance(reader, MDSReader)]
+        require(shards == readers, f"data source {self.path}: {self.split} is not in MDS format: prepare it again")
+        wanted = [f"ndarray:{dtype}:{self.config.seq_len + 1}" for dtype in ("uint16", "uint32")]
+        for shard in shards:
+            columns = dict(zip(shard.column_names, shard.column_encodings))
+            require(
+                list(columns) == ["tokens"] and columns["tokens"] in wanted,
+                f"data source {self.path}: the rows of {self.split}/{shard.raw_data.basename} are {columns}, but "
+                f"data.seq_len={self.config.seq_len} needs {{'tokens': '{wanted[0]}'}} or uint32: "
+                "change data.seq_len or prepare the data again",
+            )
+        return shards
+
+    def _stream(self, folder: str) -> Stream:
+        return Stream(
+            remote=self.remote, local=folder, split=self.split, keep_zip=False,
+            download_retry=1,  # this counts attempts; `_attempt` repeats the check of the hash as well
+            download_timeout=self.config.download_timeout_s,
+        )  # fmt: skip
+
+    def fetch(self, index: int) -> Path:
+        """Have a shard on disk and return its path. Raises UserError when the attempts are used up."""
+        basename = self.shards[index].raw_data.basename
+        path = self.folder / basename
+        if not self.is_cached or is_touched(path):
+            return path
+        with self._locked(path):
+            if not is_touched(path):
+                self._attempt(f"{self.split}/{basename}", lambda: self._download(index, path))
+        return path
+
+    def _locked(self, path: Path) -> AbstractContextManager[None]:
+        """Hold the lock of a shard of the cache: for downloading it, and for discarding a damaged copy."""
+        return locked(self.cache / "locks" / self._name(path))
+
+    def _name(self, path: Path) -> str:
+        return f"{self.folder.parent.name}-{self.split}-{path.name}".replace("/", "-")
+
+    def _download(self, index: int, path: Path) -> None:
+        shard = self.shards[index]
+        if self.cache_limit is not None:
+            evict(self.cache, self.cache_limit - shard.get_max_size())
+        # the same name each time, under the lock: what a killed run left behind is cleared here
+        folder = self.cache / "tmp" / f"{socket.gethostname()}-{self._name(path)}"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._stream(str(folder)).prepare_shard(shard)
+        downloaded = folder / self.split / shard.raw_data.basename
+        with open(downloaded, "rb") as file:
+            if not is_intact(file.fileno(), shard):
+                raise OSError("damaged: its size or hash is not what index.json says")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(downloaded, path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _discard(self, path: Path, damaged: int) -> None:
+        """Delete the damaged copy that is open as `damaged`, but not a good one that another process put there."""
+        with self._locked(path), suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(damaged)):
+                log.warning("%s: this copy in the cache is damaged; it is downloaded again", path)
+                path.unlink()
+
+    def open(self, index: int) -> int:
+        """Return a file descriptor of a shard. This process compares its bytes with the index the first time.
+
+        Raises:
+            UserError: it cannot be read or downloaded, or it is damaged, a fresh download included.
+        """
+        for is_last in (False, False, True):
+            path = self.fetch(index)
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                if self.is_cached and error.errno in (errno.ENOENT, errno.ESTALE) and not is_last:
+                    continue  # evicted between fetch and open
+                raise UserError(f"{path}: cannot read this shard: {error}") from error
+            if index in self.verified or is_intact(file, self.shards[index]):
+                self.verified.add(index)
+                return file
+            try:
+                if is_last or not self.is_cached:
+                    break
+                self._discard(path, file)  # and download it again
+            finally:
+                os.close(file)
+        raise UserError(
+            f"{path}: damaged shard: its size or hash is not what {self.path}/{self.split}/index.json says; "
+            "restore it from a copy or prepare the data again"
+        )
+
+
+def is_touched(path: Path) -> bool:
+    """Mark a file as just used, for `evict`; False when there is none."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def is_intact(file: int, shard: MDSReader) -> bool:
+    """Compare an open shard's size, and its hash if the index has one, with the index."""
+    if os.fstat(file).st_size != shard.raw_data.bytes:
+        return False
+    name = next(iter(shard.raw_data.hashes), None)
+    return name is None or get_hash(name, os.pread(file, shard.raw_data.bytes, 0)) == shard.raw_data.hashes[name]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock among the processes and threads of this node. The kernel frees it when the holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def evict(cache: Path, limit: int) -> None:
+    """Delete the shards that were used longest ago until the cache is within `limit` bytes.
+
+    Downloads under way do not count, so the cache may pass its limit by one shard for each rank of the node.
+    """
+    with locked(cache / "locks" / "evict"):
+        shards = []
+        for path in (cache / "shards").rglob("*.mds"):
+            with suppress(FileNotFoundError):  # a damaged one that its reader has just deleted
+                stat = path.stat()
+                shards.append((stat.st_mtime_ns, stat.st_size, path))
+        used = sum(n_bytes for _, n_bytes, _ in shards)
+        for _, n_bytes, path in sorted(shards):
+            if used <= limit:
+                break
+            path.unlink(missing_ok=True)
+            used -= n_bytes

@@ -1,0 +1,299 @@
+"""The training loop, from the config to the last checkpoint.
+
+What must stay true: everything that the next step depends on is in the checkpoint, so that a run that was stopped and
+started again is bit for bit the run that was not; and all ranks leave the loop at the same place, where they meet.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from megakexue import dist
+from megakexue.config import Config, ResolvedConfig, require
+from megakexue.core.batch import Batch
+from megakexue.core.describe import describe, flops_per_token
+from megakexue.core.device import memory_gib, peak_flops
+from megakexue.core.resolve import resolve_config
+from megakexue.core.rope import base_notes
+from megakexue.core.schedule import lr_factor
+from megakexue.run import checkpoint
+from megakexue.run.data import Batches, Interrupted
+from megakexue.run.engine import Engine, StepResult, start
+from megakexue.run.folder import check_not_lost, describe_run, open_run, source_version
+from megakexue.run.guard import TrainingStopped
+from megakexue.run.metrics import Metrics
+from megakexue.run.preemption import Interruption, Preemption
+from megakexue.run.records import StepRecord, statistics_record
+from megakexue.run.resume import load_emo_rows, start_run
+from megakexue.run.saves import Saves
+from megakexue.run.state import StoppedState, TrainerState
+
+log = logging.getLogger("megakexue")
+T = TypeVar("T")
+
+
+def train(given: Config) -> None:
+    """Train until `train.steps` (or `train.stop_at_step`), from the newest checkpoint of the run if there is one.
+
+    Raises:
+        UserError: the config, the data or an existing run folder do not fit each other.
+        TrainingStopped: the guard ended the run, or its last checkpoint could not be written.
+        Preempted: a signal ended it, and it is saved.
+    """
+    ranks = start(given.engine)
+    checkpoint.seed_random_state(given.train.seed + ranks.rank)
+    config = resolve_config(given)
+    config.train.n_micro_batches(ranks.data_size)  # refuses a batch that does not divide, before any folder is made
+    with ExitStack() as stack:
+        run = _open(config, ranks, stack)
+        last_step = config.train.stop_at_step or config.train.steps
+        if run.state.step >= last_step:
+            limit = "train.steps" if last_step == config.train.steps else "train.stop_at_step"
+            run.say(f"nothing to do: {run.folder} is at step {run.state.step}; raise {limit} to train on")
+        try:
+            while True:
+                _validate_if_due(run)
+                if run.state.step >= last_step:
+                    break
+                if run.saves.is_due(run.state.step):
+                    run.saves.begin(run.state)
+                _step(run)
+        except Interruption as interruption:
+            step = run.state.step
+            if step:
+                run.saves.save_and_wait(run.state)
+            kept = f"saved after step {step}" if step else "before the first step"
+            run.say(f"stopped: {interruption}; {kept}; the same command goes on")
+            interruption.end()
+        if run.state.step != run.saves.saved:
+            run.saves.save_and_wait(run.state)
+        if run.state.step < config.train.steps:
+            where = f"stopped at step {run.state.step}, as train.stop_at_step says"
+            run.say(f"{where}; the same command without it goes on")
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What a step works with. Where the run is, `state`, is replaced as a whole."""
+
+    config: ResolvedConfig
+    folder: Path
+    ranks: dist.Ranks
+    preemption: Preemption
+    engine: Engine
+    data: Batches
+    valid: Batches | None
+    """None: no validation."""
+    metrics: Metrics | None
+    """Only on the first rank."""
+    peak_flops: float
+    """Of a device; nan: not known."""
+    saves: Saves
+    state: TrainerState
+
+    def say(self, text: str) -> None:
+        _say(self.metrics, text)
+
+    def met(self, read: Callable[[], T]) -> T | None:
+        """Read data where all ranks meet: a signal or a failure on one is one on all, and is seen by who waits.
+
+        Raises:
+            Interruption: on all ranks.
+        """
+        value = error = None
+        try:
+            value = read()
+        except Interrupted:
+            pass  # by the same request as the meeting, which will raise
+        except Exception as failure:
+            error = failure
+        if self.preemption.meet(error=error, flag=self.saves.has_finished):
+            self.saves.settle(self.state.step)
+        return value
+
+
+def _say(metrics: Metrics | None, text: str) -> None:
+    log.info("%s", text)
+    if metrics:
+        metrics.message(text)
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def _open(config: ResolvedConfig, ranks: dist.Ranks, stack: ExitStack) -> _Run:
+    """Take the run folder, open the data, build the engine, and load what the run starts from."""
+    folder = Path(config.train.run)
+    preemption = Preemption(ranks, grace_s=config.checkpoint.grace_s, timeout_s=config.engine.timeout_s)
+    stack.enter_context(preemption.listening())
+    open_run(folder, ranks, stack)
+    source = source_version() if ranks.is_first else ""
+
+    def batches(split: str) -> Batches:
+        made = Batches(
+            config.data, split=split, global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size, ranks=ranks,
+            cache=Path(config.data.cache or folder / "cache"), is_interrupted=preemption.is_requested,
+        )  # fmt: skip
+        stack.callback(made.close)
+        return made
+
+    data = batches("train")
+    require(  # for remote sources; local ones were checked before torch was imported
+        data.vocab_size <= config.model.vocab_size,
+        f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the sources",
+    )
+    valid = batches("valid") if config.evaluate.every_steps else None
+    found, warnings = checkpoint.find(folder / "checkpoints", ranks)
+    check_not_lost(folder, found, ranks)
+    engine = Engine(config, ranks)
+    begun = start_run(found, engine, config, data, source)
+    load_emo_rows(engine, config, begun.state.init_bundle)
+    metrics, peak = None, 0.0
+    if ranks.is_first:
+        describe_run(folder, config, engine.deepspeed_config, source)
+        at = {"resume_step": begun.state.step, "validated": begun.state.validated}
+        metrics = stack.enter_context(Metrics(folder, config.metrics, n_steps=config.train.steps, **at))
+        peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype)
+        notes = [
+            *(f"WARNING: {warning}" for warning in warnings),
+            describe(config, ranks.world_size),
+            *base_notes(config.model),
+            f"attention   {engine.module.backend}: {engine.backend_reason}",
+            f"optimizer   {config.optim.name}, {engine.optimizer.kernel_reason}",
+            f"start       {begun.origin}\n{peak_source}",
+        ]
+        metrics.message("\n".join(notes))
+    log.info("step %d of %d: %s", begun.state.step, config.train.steps, begun.origin)
+    saves = Saves(
+        engine, folder / "checkpoints", begun.saved, say=lambda text: _say(metrics, text),
+        sync=metrics.sync if metrics else lambda: None,
+    )  # fmt: skip
+    return _Run(
+        config=config, folder=folder, ranks=ranks, preemption=preemption, engine=engine, data=data, valid=valid,
+        metrics=metrics, peak_flops=peak, saves=stack.enter_context(saves), state=begun.state,
+    )  # fmt: skip
+
+
+# --- one round of the loop -------------------------------------------------------------------------------------------
+
+
+def _validate_if_due(run: _Run) -> None:
+    every, step = run.config.evaluate.every_steps, run.state.step
+    if run.valid is None or every is None or run.state.validated == step or not step:
+        return
+    if step % every == 0 or step == run.config.train.steps:
+        loss, n_tokens = run.engine.validation_loss(_validation_rows(run, run.valid))
+        run.state = dataclasses.replace(run.state, validated=step)
+        if run.metrics:
+            run.metrics.log_validation(step, loss, n_tokens)
+
+
+def _validation_rows(run: _Run, valid: Batches) -> Iterator[Batch]:
+    rows = valid.first_rows(run.config.evaluate.n_rows)
+    while batch := run.met(lambda: next(rows, None)):
+        yield batch
+
+
+def _step(run: _Run) -> None:
+    """Take one optimizer step, record it, and do what the guard asks for."""
+    config, engine, data = run.config, run.engine, run.data
+    began = time.perf_counter()
+    batches = run.met(data.next_step)
+    assert batches is not None
+    step = run.state.step + 1
+    lr = config.optim.lr * lr_factor(config.optim, step, config.train.steps)
+    loss_scale, every = engine.guard.loss_scale, config.metrics.statistics_every_steps
+    has_statistics = every is not None and step % every == 0
+    result = engine.train_step(batches, lr, step, statistics=has_statistics, between=run.preemption.meet)
+    n_tokens = run.state.tokens + result.n_targets
+    run.state = dataclasses.replace(run.state, step=step, position=data.position, tokens=n_tokens)
+    remarks = [] if result.note is None else [f"{result.note}{_culprits(result)}"]
+    if result.status == "rolled back":
+        remarks = _roll_back(run, result)
+    step_s = time.perf_counter() - began
+    rows = []
+    if result.note or result.reason_to_stop:
+        rows = [[data.locate(sample) for sample in batch.samples] for batch in batches]
+        log.warning("%s%s; rows of this rank: %s", result.note or result.reason_to_stop, _culprits(result), rows)
+    if run.metrics:
+        _record(run, run.metrics, result, batches, lr, step_s)
+        for remark in remarks:
+            run.metrics.message(f"WARNING: {remark}")
+        if result.statistics is not None:
+            run.metrics.log_statistics(statistics_record(step, result.statistics, result.n_drifting_rows))
+    if result.reason_to_stop:
+        _stop(run, result, batches, rows, loss_scale)
+
+
+def _record(run: _Run, metrics: Metrics, result: StepResult, batches: list[Batch], lr: float, step_s: float) -> None:
+    config, data = run.config, run.data
+    # what attention really computes in packed rows
+    n_keys = sum(float(batch.positions.double().mean()) + 1 for batch in batches) / len(batches)
+    flops = flops_per_token(config.model, n_keys) * config.batch_tokens
+    metrics.log_step(
+        StepRecord(
+            step=run.state.step, loss=result.loss, grad_norm=result.grad_norm, lr=lr, tokens=run.state.tokens,
+            tokens_per_s=result.n_targets / step_s, mfu=flops / step_s / (run.peak_flops * run.ranks.world_size),
+            memory_gib=memory_gib(run.engine.device), status=result.status, loss_scale=run.engine.guard.loss_scale,
+            data_wait_s=data.wait_s, step_s=step_s, epoch=data.position.epoch + data.position.sample / data.n_rows,
+        )
+    )  # fmt: skip
+
+
+def _roll_back(run: _Run, result: StepResult) -> list[str]:
+    """Go back to the weights of the last regular checkpoint; return lines for the user. Data and steps go on."""
+    step = run.state.step
+    run.saves.settle(step)
+    # a regular one, so that interruptions, which leave others, do not decide which batches are left out
+    folder, warnings = checkpoint.find(run.folder / "checkpoints", run.ranks, run.config.checkpoint.every_steps)
+    if folder is None:
+        raise TrainingStopped(f"{result.note}: and no checkpoint could be written to roll back to")
+    checkpoint.restore(folder, run.engine)
+    left_out = f"the batches of steps {checkpoint.step_of(folder) + 1} to {step} are left out"
+    return [*warnings, f"{result.note}{_culprits(result)}: back to the weights of {folder}; {left_out}"]
+
+
+def _stop(run: _Run, result: StepResult, batches: list[Batch], rows: list[list[str]], loss_scale: float) -> None:
+    """Keep the step for tools/replay_step.py, and end the run. Raises TrainingStopped."""
+    reason = f"{result.reason_to_stop}{_culprits(result)}"
+    of_ranks = dist.gather({str(run.ranks.rank): rows})
+    facts: dict[str, Any] = {
+        "loss_scale": loss_scale,
+        "reason": reason,
+        "rows": of_ranks,
+        "is_finite": result.is_finite,
+    }
+    stopped = StoppedState(**vars(run.state), **facts)
+    finds = "looks for numbers that are not finite" if result.is_finite else "finds the module in which they appear"
+    run.saves.settle(run.state.step)
+    dumps = run.folder / "dumps"
+    try:
+        run.saves.dump(dumps, stopped, _tensors(batches))
+        kept = f"`tools/replay_step.py {dumps / f'step_{run.state.step:08d}'}` {finds}"
+    except Exception as error:  # of any kind: the reason of the stop matters more
+        kept = f"the step is not kept for tools/replay_step.py: {error}"
+    raise TrainingStopped(f"{reason}; the rows are in {run.folder / 'logs'}; {kept}")
+
+
+def _culprits(result: StepResult) -> str:
+    """Where the numbers that are not finite were, as far as one step shows it."""
+    tensors = result.bad_tensors
+    if not tensors and not result.bad_ranks:
+        return ""
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    bad, ranks = tensors[0] + more if tensors else "none", result.bad_ranks or "none"
+    return f"; gradients that are not finite: {bad}; ranks whose own loss is not: {ranks}"
+
+
+def _tensors(batches: list[Batch]) -> dict[str, Tensor]:
+    """The micro-batches of a dump, by names that cannot be those of parameters."""
+    fields = ("tokens", "targets", "positions", "cu_seqlens")
+    return {f"batch.{i}.{name}": getattr(batch, name) for i, batch in enumerate(batches) for name in fields}

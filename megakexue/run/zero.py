@@ -1,0 +1,141 @@
+"""Where DeepSpeed keeps weights, gradients and masters: a class for each way in which ZeRO cuts them.
+
+    stage    class         masters                              gradients of this rank
+    0        Replicated    every parameter, on every rank       every parameter
+    1, 2     Sliced        one slice of each flat group         of that slice
+    3        Partitioned   one piece of every parameter         of these pieces
+
+Each has `flats`, this rank's flat float32 masters; `segments`, which say what elements of which parameter lie where in
+them; `gradients`, the reduced gradient of each segment, flat, in the dtype of training, between backward and step;
+`clear`, which frees the gradients as DeepSpeed's own step does (its `zero_grad` follows); `refresh`, which makes the
+module's weights the masters, cast; and `weights`, the places where this rank keeps the weights of a segment.
+
+What must stay true: every element of every parameter is in exactly one segment over all ranks (stage 0: on every
+rank). These classes rest on private attributes of DeepSpeed's optimizers: pyproject.toml bounds its version for them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from megakexue.core.segments import Segment
+
+MakeSegment = Callable[[Tensor, int, int, int, int], Segment]
+"""Of a parameter: elements start to stop, in flat tensor number `flat` from `offset` on."""
+
+
+class Replicated:
+    """Stage 0. In fp32 the masters are the parameters themselves; else DeepSpeed has a float32 copy of each."""
+
+    def __init__(self, inner: Any, make: MakeSegment, parameters: dict[str, nn.Parameter], rank: int) -> None:
+        if hasattr(inner, "fp32_groups"):
+            groups = zip(inner.fp16_groups, inner.fp32_groups)
+            self._pairs = [pair for weights, masters in groups for pair in zip(weights, masters)]
+        else:
+            self._pairs = [(p, p) for group in inner.param_groups for p in group["params"]]
+        self._parameters = parameters
+        self.flats: list[Tensor] = [master for _, master in self._pairs]
+        self.segments = [make(p, 0, p.numel(), i, 0) for i, (p, _) in enumerate(self._pairs)]
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad.view(-1) for p, _ in self._pairs]
+
+    def clear(self) -> None:
+        pass
+
+    def refresh(self) -> None:
+        for p, master in self._pairs:
+            if p is not master:
+                p.data.copy_(master.data)
+
+    def weights(self, segment: Segment) -> list[Tensor]:
+        return [self._parameters[segment.name].view(-1)]
+
+
+class Sliced:
+    """Stages 1 and 2: the parameters of a group lie in one flat buffer, of which each rank owns an equal slice."""
+
+    def __init__(self, inner: Any, make: MakeSegment, parameters: dict[str, nn.Parameter], rank: int) -> None:
+        self._inner, self._parameters = inner, parameters
+        self.flats: list[Tensor] = list(inner.single_partition_of_fp32_groups)
+        self.segments: list[Segment] = []
+        for i in range(len(self.flats)):
+            whole, size = inner.bit16_groups_flat[i], int(inner.partition_size[i])
+            for p in inner.bit16_groups[i]:
+                # a parameter's address in the flat buffer is its offset, whatever the order and the padding
+                at = (p.data_ptr() - whole.data_ptr()) // whole.element_size()
+                low, high = max(at, rank * size), min(at + p.numel(), (rank + 1) * size)
+                if low < high:
+                    self.segments.append(make(p, low - at, high - at, i, low - rank * size))
+
+    def gradients(self) -> list[Tensor]:
+        return _averaged(self._inner, self.segments)
+
+    def clear(self) -> None:
+        self._inner.micro_step_id = -1
+        self._inner._release_preflattened_grad_buffers()
+        for of_group in (self._inner.averaged_gradients, self._inner.all_grad_tensors):
+            for i in of_group:
+                of_group[i] = None
+
+    def refresh(self) -> None:
+        self._inner.update_lp_params()
+
+    def weights(self, segment: Segment) -> list[Tensor]:
+        return [self._parameters[segment.name].view(-1)[segment.start : segment.stop]]
+
+
+class Partitioned:
+    """Stage 3: each parameter is cut into equal pieces, one a rank, the last padded, and gathered where it is used."""
+
+    def __init__(self, inner: Any, make: MakeSegment, parameters: dict[str, nn.Parameter], rank: int) -> None:
+        self._inner, self._parameters = inner, parameters
+        self.flats: list[Tensor] = list(inner.fp32_partitioned_groups_flat)
+        self.segments: list[Segment] = []
+        for i in range(len(self.flats)):
+            offset = 0
+            for p in inner.fp16_groups[i]:
+                size = p.partition_numel()
+                low, high = rank * size, min((rank + 1) * size, p.ds_numel)
+                if low < high:
+                    self.segments.append(make(p, low, high, i, offset))
+                offset += size
+
+    def gradients(self) -> list[Tensor]:
+        return _averaged(self._inner, self.segments)
+
+    def clear(self) -> None:
+        self._inner._pre_step()
+        self._inner.averaged_gradients = {}
+
+    def refresh(self) -> None:
+        inner = self._inner
+        # small parameters are kept gathered, and gathering them again would keep the old values
+        inner._partition_all_parameters()
+        for i, master in enumerate(self.flats):
+            inner.fp16_partitioned_groups_flat[i].data.copy_(master.data)
+            inner._unflatten_partitioned_parameters(i)
+        if inner.persistent_parameters:
+            inner.persistent_parameters[0].all_gather(inner.persistent_parameters)
+
+    def weights(self, segment: Segment) -> list[Tensor]:
+        """This rank's piece, which every gather starts from, and the whole parameter where it is kept gathered."""
+        p: Any = self._parameters[segment.name]
+        gathered = [p.view(-1)[segment.start : segment.stop]] if p.numel() else []
+        return [*gathered, p.ds_tensor.view(-1)[: segment.numel]]
+
+
+Layout = Replicated | Sliced | Partitioned
+STAGES: dict[int, type[Layout]] = {0: Replicated, 1: Sliced, 2: Sliced, 3: Partitioned}
+
+
+def _averaged(inner: Any, segments: list[Segment]) -> list[Tensor]:
+    """The reduced gradients, which lie in the order of their group's masters."""
+    pieces: dict[tuple[int, int], Tensor] = {}
+    for flat, of_flat in inner.averaged_gradients.items():
+        offset = 0
+        for piece in of_flat:
+            pieces[flat, offset] = piece
+            offset += piece.numel()
+    return [pieces[s.flat, s.offset].view(-1)[: s.numel] for s in segments]

@@ -1,0 +1,84 @@
+"""The manifest of prepared data: what a folder says of itself, and whether it fits the config.
+
+This is the one place that reads it. Three programs need it: a launch, before torch is imported; the reader of the rows,
+also of remote folders; and an evaluation, which takes the row length from the data.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megakexue.config import Config, require
+from megakexue.files import read_json, sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a reader needs of manifest.json; tools/prepare_data.py writes more."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    """Pieces of the tokenizer."""
+    seq_len: int
+    """Tokens in a row that the model sees: a row has one more."""
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    splits: dict[str, dict[str, Any]]
+    """By name, such as train: its rows, and the sha256 of its index."""
+
+    def n_rows(self, split: str) -> int:
+        return (self.splits.get(split) or {}).get("rows", 0)
+
+
+def read_manifest(folder: str | Path, copy: Path | None = None) -> Manifest:
+    """Read the manifest of a prepared folder, or a downloaded `copy` of it.
+
+    Raises:
+        UserError: it is missing or damaged, or it lacks a field.
+    """
+    what = "the manifest of prepared data" if copy is None else f"the manifest of {folder}"
+    values = read_json(copy or Path(folder, "manifest.json"), what)
+    names = {field.name for field in fields(Manifest)}
+    missing = names - values.keys()
+    require(not missing, f"{folder}/manifest.json lacks {sorted(missing)}: prepare the data again")
+    return Manifest(**{name: values[name] for name in names})
+
+
+def check_tokenizer(manifest: Manifest, folder: str | Path, tokenizer: str) -> None:
+    """Refuse data that was not prepared with `data.tokenizer`. Raises UserError."""
+    digest = sha256(tokenizer)
+    require(
+        manifest.tokenizer_sha256 == digest,
+        f"data.tokenizer={tokenizer} is not the tokenizer that {folder} was prepared with (sha256 {digest[:12]}, not "
+        f"{manifest.tokenizer_sha256[:12]}): use {folder}/tokenizer.model or prepare again",
+    )
+
+
+def check_inputs(config: Config) -> None:
+    """Check what can be checked before torch is imported: the files that the config names exist and fit each other.
+
+    Remote folders are checked when they are opened.
+
+    Raises:
+        UserError: a data folder or the tokenizer is missing, or they were not made for one another.
+    """
+    tokenizer = Path(config.data.tokenizer)
+    require(tokenizer.is_file(), f"data.tokenizer={tokenizer}: no such file; train one with tools/train_tokenizer.py")
+    for folder in (Path(source.path) for source in config.data.sources if not source.is_remote):
+        require(
+            (folder / "manifest.json").is_file(),
+            f"data.sources: {folder} has no manifest.json: make the folder with tools/prepare_data.py",
+        )
+        manifest = read_manifest(folder)
+        check_tokenizer(manifest, folder, config.data.tokenizer)
+        require(
+            manifest.seq_len == config.data.seq_len,
+            f"data.seq_len={config.data.seq_len} differs from the rows of {folder} (seq_len={manifest.seq_len}): "
+            "change data.seq_len or prepare the data again",
+        )
+        require(
+            manifest.vocab_size <= config.model.vocab_size,
+            f"model.vocab_size={config.model.vocab_size} is below the {manifest.vocab_size} pieces of the tokenizer: "
+            f"set model.vocab_size to at least {manifest.vocab_size}",
+        )

@@ -1,0 +1,426 @@
+"""Turn text into the token rows that training streams: read, drop duplicates, tokenise, pack, write shards.
+
+A folder of prepared data holds manifest.json, tokenizer.model and the splits train/ and valid/, which are MDS shards.
+
+What must stay true:
+- The rows depend on the inputs and the arguments, never on the number of processes. The documents travel in numbered
+  blocks whose borders depend on the input alone, and the blocks are judged for duplicates and packed in their order.
+  (The exception is subword sampling, which draws other segmentations each time.)
+- The split of a document depends on its bytes alone, so it never moves between train and valid.
+- Nothing is lost in silence: a document is in a split, or a duplicate, or skipped for a reason that is counted and
+  listed.
+- The folder appears under its name only when it is complete.
+
+Who does what: the parent process cuts the inputs into blocks, drops duplicates and packs. The workers read, check and
+hash a block, and tokenise the documents in it that the parent keeps. Neither imports torch.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import numpy as np
+
+from megakexue.config import UserError, require
+from megakexue.files import new_folder, seal
+from megakexue.text.duplicates import DigestSet, digests_of, in_valid
+from megakexue.text.inputs import REASONS, Block, check_readable, cut_into_blocks, find_files, read_block, size_of
+from megakexue.text.pack import BestFit, Concat, row_dtype
+from megakexue.text.shards import ShardWriter
+from megakexue.text.tokenizer import Tokenizer, set_sample_seed
+
+FORMAT = 1
+PIECE_BYTES = 1 << 22
+"""A longer document is tokenised in pieces of this size, to bound the memory: a character may take 4 bytes, and so may
+a token."""
+MAX_LISTED = 200
+"""Paths in the manifest for each reason to skip."""
+LOOKAHEAD = 3
+"""Blocks that a worker holds: one being tokenised, one judged, one read."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareArguments:
+    """What decides the rows, beside the inputs and the tokenizer. Raises UserError."""
+
+    seq_len: int
+    packing: Literal["concat", "best_fit"] = "concat"
+    """concat: one stream, cut every seq_len tokens; best_fit: a document that fits a row is not cut."""
+    valid_fraction: float = 0.005
+    sample_alpha: float | None = None
+    """Subword sampling of the train split; None: the best segmentation. Every run draws other segmentations, because
+    sentencepiece mixes a salt of the process into each seed."""
+    copies: int = 1
+    """Sampled segmentations of each training document."""
+    text_key: str = "text"
+
+    def __post_init__(self) -> None:
+        require(self.seq_len >= 2, f"--seq-len {self.seq_len} must be at least 2")
+        require(0 <= self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction} must be in [0, 1)")
+        alpha, copies = self.sample_alpha, self.copies
+        require(copies >= 1, f"--copies {copies} must be at least 1")
+        require(alpha is None or 0 <= alpha < math.inf, f"--sample-alpha {alpha} must be finite and not negative")
+        repeated = f"--copies {copies} without --sample-alpha would repeat the same rows: add --sample-alpha 0.2"
+        require(copies == 1 or alpha is not None, repeated)
+
+
+class Progress(NamedTuple):
+    bytes_done: int
+    bytes_total: int
+    """Of input, as it lies on disk."""
+    documents: int
+    tokens: int
+
+
+def prepare(
+    inputs: list[str], tokenizer_path: str | Path, out: str | Path, args: PrepareArguments, *,
+    processes: int | None = None, overwrite: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the folder `out` and return its manifest.
+
+    `processes` is the number of workers; None: one for each core.
+
+    Raises:
+        UserError: an argument is wrong, an input is missing, no document is left, or a worker was killed.
+    """
+    tokenizer_path, out = Path(tokenizer_path), Path(out)
+    processes = len(os.sched_getaffinity(0)) if processes is None else processes
+    require(processes >= 1, f"--processes {processes} must be at least 1")
+    tokenizer = Tokenizer(tokenizer_path)
+    bytes_total = check(inputs, tokenizer, out, args, overwrite)
+    with new_folder(out) as folder:
+        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        (folder / "spool").mkdir()
+        blocks = cut_into_blocks(find_files(inputs), folder / "spool", args.text_key)
+        ledger = Ledger(inputs, args.valid_fraction)
+        splits = {name: Split(folder / name, args, tokenizer) for name in ledger.splits}
+        with Workers(processes, folder / "tokenizer.model", args) as workers:
+            for block, tokens in tokenise_in_order(blocks, workers, ledger.judge):
+                for split, documents in zip(splits.values(), tokens):
+                    split.add(documents)
+                ledger.add_packed(block, tokens)
+                on_progress(Progress(ledger.bytes_done, bytes_total, ledger.total("documents"), ledger.total("tokens")))
+        shutil.rmtree(folder / "spool")
+        reasons = ", ".join(f"{entry['count']} {REASONS[reason]}" for reason, entry in ledger.skipped.items())
+        n_training = ledger.splits["train"]["documents"]
+        require(n_training > 0, f"no training document in {' '.join(inputs)}; skipped: {reasons or 0}")
+        entries = {name: split.finish(ledger.splits[name]) for name, split in splits.items()}
+        manifest = make_manifest(tokenizer, args, entries, ledger)
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        seal(path)
+    return manifest
+
+
+def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArguments, overwrite: bool) -> int:
+    """Check what can be checked before hours of work. Return the bytes of all input files. Raises UserError."""
+    require(
+        args.sample_alpha is None or tokenizer.is_unigram,
+        f"--sample-alpha {args.sample_alpha} needs a unigram tokenizer, and {tokenizer.path} is BPE: "
+        "train a unigram one, or leave --sample-alpha out",
+    )
+    require(bool(inputs), "no INPUT: name files, folders or globs")
+    require(len(set(inputs)) == len(inputs), f"an INPUT is named twice: {' '.join(inputs)}")
+    for name in inputs:
+        inside = overwrite and out.exists() and out.resolve().is_relative_to(Path(name).resolve())
+        require(not inside, f"--out {out} lies inside INPUT {name} and would be read: choose another --out")
+    bytes_total = 0
+    for _, path in find_files(inputs):
+        check_readable(path, args.text_key)
+        with contextlib.suppress(OSError):
+            bytes_total += size_of(path)
+    if out.exists():
+        require(overwrite, f"--out {out} exists: choose another, or add --overwrite")
+        ours = out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
+        require(ours, f"--out {out} was not written by prepare_data: --overwrite will not remove it")
+    return bytes_total
+
+
+def make_manifest(
+    tokenizer: Tokenizer, args: PrepareArguments, splits: dict[str, dict[str, Any]], ledger: "Ledger"
+) -> dict[str, Any]:
+    """Return what manifest.json says; `splits` holds the entry of each split."""
+    n_places = args.seq_len * sum(entry["rows"] for entry in splits.values())
+    return {
+        "format": FORMAT, "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id,
+        "dtype": row_dtype(tokenizer.vocab_size).name,
+        "inputs": ledger.inputs,
+        **dataclasses.asdict(args),
+        "splits": splits,
+        "padding_share": sum(entry["padding"] for entry in splits.values()) / n_places,
+        "sources": dict(zip(ledger.inputs, ledger.sources)),
+        "skipped": ledger.skipped,
+    }  # fmt: skip
+
+
+class Ledger:
+    """What became of every document: kept, duplicate or skipped. It counts by input and by split."""
+
+    def __init__(self, inputs: list[str], valid_fraction: float) -> None:
+        self.inputs, self.valid_fraction = inputs, valid_fraction
+        self.sources: list[dict[str, Any]] = [
+            {"documents": 0, "tokens": 0, "bytes": 0, "duplicates": 0, "skipped": {}} for _ in inputs
+        ]
+        self.splits = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in ("train", "valid")}
+        self.skipped: dict[str, dict[str, Any]] = {}  # by reason, over all inputs
+        self.bytes_done = 0  # of input, as it lies on disk
+        self._seen = DigestSet()
+        self._n_lines = 0  # of the present file, in the blocks judged so far
+
+    def judge(self, block: Block, contents: "Contents") -> np.ndarray:
+        """Count what a worker read and return which of its documents are kept, bool. Blocks must come in order."""
+        source = self.sources[block.source]
+        if block.first:
+            self._n_lines = 0
+        for reason, index in contents.skipped:
+            source["skipped"][reason] = source["skipped"].get(reason, 0) + 1
+            entry = self.skipped.setdefault(reason, {"count": 0, "paths": []})
+            entry["count"] += 1
+            if entry["count"] <= MAX_LISTED:
+                line = f"{block.path}:{self._n_lines + index + 1}"
+                entry["paths"].append(line if block.span else block.paths[index])
+        self._n_lines += len(contents.skipped) + len(contents.sizes)
+        keep = self._seen.add(contents.digests)
+        valid = in_valid(contents.digests, self.valid_fraction)
+        source["duplicates"] += int((~keep).sum())
+        for counts, chosen in zip((source, *self.splits.values()), (keep, keep & ~valid, keep & valid)):
+            counts["documents"] += int(chosen.sum())
+            counts["bytes"] += int(contents.sizes[chosen].sum())
+        return keep
+
+    def add_packed(self, block: Block, tokens: list[np.ndarray]) -> None:
+        """Count the tokens of a block, which are one array for each split."""
+        for counts, documents in zip(self.splits.values(), tokens):
+            counts["tokens"] += len(documents)
+            self.sources[block.source]["tokens"] += len(documents)
+        self.bytes_done += block.size
+
+    def total(self, key: str) -> int:
+        return sum(counts[key] for counts in self.splits.values())
+
+
+class Split:
+    """One of train and valid: its packer, its shards, and how often each id is a target."""
+
+    def __init__(self, folder: Path, args: PrepareArguments, tokenizer: Tokenizer) -> None:
+        self.bos_id, self.pad_id = tokenizer.bos_id, tokenizer.pad_id
+        dtype = row_dtype(tokenizer.vocab_size)
+        self.packer: Concat | BestFit = Concat(args.seq_len, dtype, self.pad_id)
+        if args.packing == "best_fit":
+            self.packer = BestFit(args.seq_len, dtype, self.bos_id, self.pad_id)
+        self.writer = ShardWriter(folder, args.seq_len + 1, dtype)
+        self.n_rows = 0
+        self.histogram = np.zeros(tokenizer.vocab_size, np.int64)  # of row[1:]
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Pack whole documents, and write the rows that are full."""
+        self._write(self.packer.add(tokens))
+
+    def _write(self, rows: np.ndarray) -> None:
+        self.writer.write(rows)
+        self.n_rows += len(rows)
+        for start in range(0, len(rows), 1024):  # in parts, because bincount copies to int64
+            self.histogram += np.bincount(rows[start : start + 1024, 1:].ravel(), minlength=len(self.histogram))
+
+    def finish(self, counts: dict[str, int]) -> dict[str, Any]:
+        """Write what is left and return the split's entry in the manifest, with the ledger's `counts` in it.
+
+        Targets are what training predicts: neither PAD nor BOS. `unigram_entropy_nats` is the loss that their
+        frequencies alone reach; None without targets.
+        """
+        self._write(self.packer.finish())
+        padding = int(self.histogram[self.pad_id])
+        self.histogram[[self.pad_id, self.bos_id]] = 0
+        n_targets = int(self.histogram.sum())
+        p = self.histogram[self.histogram > 0] / max(n_targets, 1)
+        return {
+            "rows": self.n_rows,
+            **counts,
+            "targets": n_targets,
+            "padding": padding,
+            "unigram_entropy_nats": float(p @ np.log(1 / p)) if n_targets else None,
+            "index_sha256": self.writer.finish(),
+        }
+
+
+# ------------------------------------------------------------------------------------------- many processes, one order
+
+
+class Contents(NamedTuple):
+    """What a worker tells of a block that it has read."""
+
+    digests: np.ndarray
+    """Of each document, uint64."""
+    sizes: np.ndarray
+    """Bytes of each document, int64."""
+    skipped: list[tuple[str, int]]
+    """(reason, index of the path or line in the block)."""
+
+
+def tokenise_in_order(
+    blocks: Iterator[Block], workers: "Workers", judge: Callable[[Block, Contents], np.ndarray]
+) -> Iterator[tuple[Block, list[np.ndarray]]]:
+    """Drive the workers: yield each block, in order, with the tokens of its documents as `tokenise` returns them.
+
+    A worker reads its block and waits for the verdict of `judge`, which says what documents to keep, and which is asked
+    block by block in order. Meanwhile the worker reads ahead: it holds up to `LOOKAHEAD` blocks.
+    """
+    numbered = enumerate(blocks)
+    in_work: dict[int, tuple[Block, int]] = {}  # number -> block, its worker; until it is yielded
+    read: dict[int, Contents] = {}  # not yet judged
+    tokenised: dict[int, list[np.ndarray]] = {}  # not yet yielded
+    load = [0] * len(workers.pipes)  # blocks that each worker holds
+    most = (LOOKAHEAD + 1) * len(load)  # in work at once: behind a slow block, tokens must not fill the memory
+    n_judged = n_done = 0
+    while True:
+        while min(load) < LOOKAHEAD and len(in_work) < most and (next_one := next(numbered, None)):
+            number, block = next_one
+            worker = load.index(min(load))
+            load[worker] += 1
+            in_work[number] = block, worker
+            workers.send(worker, "read", number, block)
+        if not in_work:
+            return
+        worker, number, answer = workers.receive()
+        if isinstance(answer, Contents):
+            read[number] = answer
+        else:
+            tokenised[number] = answer
+            load[worker] -= 1
+        while n_judged in read:
+            block, worker = in_work[n_judged]
+            workers.send(worker, "keep", n_judged, np.packbits(judge(block, read.pop(n_judged))))
+            n_judged += 1
+        while n_done in tokenised:
+            block, _ = in_work.pop(n_done)
+            yield block, tokenised.pop(n_done)
+            n_done += 1
+
+
+class Workers:
+    """The worker processes; a context that ends them."""
+
+    def __init__(self, n: int, tokenizer_path: Path, args: PrepareArguments) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads and pipes
+        self.processes, self.pipes = [], []
+        for _ in range(n):
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, str(tokenizer_path), args), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(pipe)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()  # they own nothing that must be saved
+            process.join()
+
+    def send(self, worker: int, task: str, number: int, value: Any) -> None:
+        """Give a worker a task. Raises UserError when it has died."""
+        try:
+            self.pipes[worker].send((task, number, value))
+        except (BrokenPipeError, ConnectionResetError):
+            self._died(worker)
+
+    def receive(self) -> tuple[int, int, Any]:
+        """Wait for an answer and return (worker, number of the block, answer).
+
+        Raises:
+            UserError: a worker has died.
+            RuntimeError: a worker has failed; the message is its traceback.
+        """
+        pipe = wait(self.pipes)[0]
+        worker = self.pipes.index(pipe)  # type: ignore[arg-type]
+        try:
+            number, value = self.pipes[worker].recv()
+        except (EOFError, ConnectionResetError):
+            self._died(worker)
+        if number is None:
+            raise RuntimeError(f"a worker failed {value}")
+        return worker, number, value
+
+    def _died(self, worker: int) -> NoReturn:
+        self.processes[worker].join()
+        raise UserError(
+            f"worker {worker} died with exit code {self.processes[worker].exitcode}; -9 means that it was killed, "
+            "often for want of memory: run again with fewer --processes"
+        )
+
+
+def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> None:
+    """Serve as one worker process: answer ("read", number, block) by `Contents`, ("keep", number, bits) by tokens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which stops us
+    where = "its start"
+    try:
+        tokenizer = Tokenizer(tokenizer_path)
+        set_sample_seed(int.from_bytes(os.urandom(4), "little"))  # no two workers may draw the same stream
+        held: dict[int, tuple[list[bytes], np.ndarray]] = {}
+        while True:
+            task, number, value = parent.recv()
+            if task == "read":
+                where = value.path
+                documents, skipped = read_block(value, args.text_key)
+                digests, sizes = digests_of(documents), np.array([len(text) for text in documents], np.int64)
+                held[number] = documents, digests
+                parent.send((number, Contents(digests, sizes, skipped)))
+            else:
+                documents, digests = held.pop(number)
+                keep = np.unpackbits(value, count=len(documents)).astype(bool)
+                kept = [text for text, wanted in zip(documents, keep) if wanted]
+                del documents
+                parent.send((number, tokenise(kept, digests[keep], tokenizer, args)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone
+    except BaseException:
+        parent.send((None, f"near {where}:\n{traceback.format_exc()}"))
+
+
+def tokenise(texts: list[bytes], digests: np.ndarray, tokenizer: Tokenizer, args: PrepareArguments) -> list[np.ndarray]:
+    """Return two arrays, the tokens of the train and of the valid documents: BOS, tokens, EOS, BOS, tokens, EOS, ...
+
+    With copies, each document comes once before the first comes again.
+    """
+    dtype = row_dtype(tokenizer.vocab_size)
+    bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+    valid = in_valid(digests, args.valid_fraction)
+    splits = []
+    for wanted, alpha in ((~valid, args.sample_alpha), (valid, None)):
+        parts = [np.empty(0, dtype)]
+        copies = args.copies if alpha is not None else 1
+        for index in np.tile(np.flatnonzero(wanted), copies):
+            ids = [tokenizer.encode_array(piece, alpha).astype(dtype) for piece in pieces_of(texts[index])]
+            parts += [bos, *ids, eos]
+        tokens = np.concatenate(parts)
+        assert np.count_nonzero(tokens == bos) == copies * np.count_nonzero(wanted), "BOS inside a document"
+        splits.append(tokens)
+    return splits
+
+
+def pieces_of(text: bytes) -> Iterator[bytes]:
+    """Cut a very long document: at the end of a line if there is one in reach, and never inside a character."""
+    start = 0
+    while len(text) - start > PIECE_BYTES:
+        stop = text.rfind(b"\n", start, start + PIECE_BYTES) + 1
+        if stop <= start:
+            stop = start + PIECE_BYTES
+            while text[stop] & 0xC0 == 0x80:  # continuation byte of UTF-8
+                stop -= 1
+        yield text[start:stop]
+        start = stop
+    yield text[start:]

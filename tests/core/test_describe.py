@@ -1,0 +1,131 @@
+"""The formulas against the module's own sum and torch's flop counter."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megakexue.config import MlaConfig, ModelConfig, load_config
+from megakexue.core.attention import Layout
+from megakexue.core.decoder import Cache
+from megakexue.core.describe import cache_bytes_per_token, describe, flops_per_token, model_state_bytes, n_parameters
+from megakexue.core.loss import plain_cross_entropy
+from megakexue.core.resolve import resolve_config
+from tests.helpers import KINDS, ROOT, VARIANTS, build, positions_of, tiny
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_counts_equal_the_module(changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    assert n_parameters(config) == sum(p.numel() for p in build(config).parameters())
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    model = build(config)
+    tokens = torch.randint(0, 97, (2, 33))
+    with FlopCounterMode(display=False) as counter:
+        rotary = model.rotary(positions_of(tokens), 33)
+        x = model.embedding(tokens)
+        layout = Layout(positions_of(tokens), None, backend="reference", dtype=x.dtype)
+        for block in model.blocks:
+            x = block(x, rotary, layout, None)
+        weight = model.head.weight
+        plain_cross_entropy(model.norm(x).flatten(0, 1), weight, tokens.flatten(), 1.0).backward()
+    # the reference attention computes the whole square, so a query costs 33 keys
+    assert counter.get_total_flops() == tokens.numel() * flops_per_token(config, 33.0)
+
+
+def test_state_bytes_by_stage() -> None:
+    config = load_config(ROOT / "configs" / "tiny_gqa.yaml", ["engine.dtype=bf16"])
+    n = n_parameters(config.model)
+    embedding = config.model.vocab_size * config.model.d_model
+    settings = {("optim.name=adamw",): 8 * n, ("optim.name=lion",): 4 * n, ("optim.momentum_dtype=bf16",): 2 * n,
+                ("optim.name=tiger", "optim.embedding=adamw"): 4 * n + 4 * embedding}  # fmt: skip
+    for options, state in settings.items():
+        totals = []
+        for stage in range(4):
+            overrides = ["engine.dtype=bf16", f"engine.zero_stage={stage}", *options]
+            staged = load_config(ROOT / "configs" / "tiny_gqa.yaml", overrides)
+            totals.append(sum(model_state_bytes(staged, 4).values()))
+        # bf16 weights and gradients 2 + 2, master 4, the optimizer's; split over 4 ranks from stage 1, 2, 3 on
+        own = (4 * n + state) // 4
+        assert totals == [8 * n + state, 4 * n + own, 2 * n + n // 2 + own, n + own], options
+
+
+def test_cache_bytes() -> None:
+    # 10091: DeepSeek-V2's 128 heads of 128; elements per token and layer 2 n_h d_h, 2 n_g d_h, 2 d_h, and 576
+    sizes: dict[str, Any] = dict(vocab_size=8, d_model=5120, n_layers=60, d_ff=8, n_heads=128)
+    v2 = MlaConfig(d_latent=512, d_query_latent=1536, d_nope=128, d_rope=64, d_value=128)
+    elements = {k: n // 120 for k, n in cache_bytes_per_token(ModelConfig(**sizes, mla=v2)).items()}
+    assert next(iter(elements.items())) == ("MLA of 512 + 64", 576)
+    assert elements["MHA of 128 heads"] == 128 * (192 + 128)  # its own heads, keys of 192 and values of 128
+    gqa = cache_bytes_per_token(ModelConfig(**sizes, n_kv_heads=8, d_head=128))
+    assert {k: n // 120 for k, n in gqa.items()} == {
+        "GQA of 8 groups": 2 * 8 * 128,
+        "MHA of 128 heads": 2 * 128 * 128,
+        "MQA": 2 * 128,
+        "MLA of 512 + 32": 544,
+    }
+    for heads, groups in ((2, None), (3, None), (4, 2), (9, 3), (14, 2), (16, 4)):
+        names = [
+            name for name in cache_bytes_per_token(ModelConfig(**(sizes | {"n_heads": heads}), mla=v2)) if "GQA" in name
+        ]
+        assert names == ([f"GQA of {groups} groups"] if groups else [])
+    assert [next(iter(cache_bytes_per_token(ModelConfig(**sizes, n_kv_heads=g, d_head=128)))) for g in (None, 1)] == [
+        "MHA of 128 heads",
+        "MQA",
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_bytes_are_those_that_decoding_keeps(kind: str) -> None:
+    config = tiny(**KINDS[kind])
+    model, tokens = build(config), torch.randint(0, 97, (2, 33))
+    caches = [Cache() for _ in model.blocks]
+    model.hidden(tokens, positions_of(tokens), caches=caches)
+    assert sum(c.bytes_per_token for c in caches) == next(iter(cache_bytes_per_token(config, 4).values()))
+
+
+@pytest.mark.parametrize("name", ["tiny_gqa", "tiny_mla"])
+def test_description_names_the_numbers(name: str) -> None:
+    config = resolve_config(load_config(ROOT / "configs" / f"{name}.yaml", ["optim.name=adamw"]))
+    text = describe(config, 2)
+    assert config.model.rope.base == {"tiny_gqa": 7400, "tiny_mla": 59400}[name]
+    for words in ("model:      vocab_size=4096 d_model=128", "context=256", "train:      run=runs/",
+                  f"{n_parameters(config.model):,} parameters", f"rope base {config.model.rope.base:g} on ",
+                  "for 256 tokens", "2 ranks x 2 micro-batches", "16 rows x 256 tokens = 4,096 tokens",
+                  "200 steps = 819,200 tokens", "ZeRO-1 fp32", "scale log_n on ",
+                  *{"tiny_gqa": ("4 heads of 32 in 2 groups", "GQA of 2 groups 1,024 bytes"),
+                    "tiny_mla": ("MLA, 4 heads of 16 + 16 and values of 32", "MLA of 64 + 16 640 bytes")}[name],
+                  ):  # fmt: skip
+        assert words in text, words
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "tools" / "describe.py", *arguments], capture_output=True, text=True)
+
+
+def test_the_program() -> None:
+    done = program(
+        str(ROOT / "configs" / "1b.yaml"), "model.n_kv_heads=null", "model.mla={}", "--ranks", "8", "--parameters"
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("MLA, 16 heads of 96 + 32 and values of 128 from a latent of 512", "blocks.attention.wk_up",
+                  "1536x512", "cache       per token in 16 bits: MLA of 512 + 32 26,112 bytes"):  # fmt: skip
+        assert words in done.stdout, done.stdout
+    for arguments, message in [
+        (["configs/none.yaml"], "error: no config file configs/none.yaml: the shipped ones are in configs/"),
+        ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "0"], "error: --ranks 0 must be positive"),
+        (
+            [str(ROOT / "configs" / "tiny_gqa.yaml"), "model.n_heads=64"],
+            "tiny_gqa.yaml: no RoPE base satisfies the boun",
+        ),
+        ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "7"], "must be a multiple of train.micro_batch_size=4 times"),
+    ]:
+        done = program(*arguments)
+        assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -1,0 +1,436 @@
+"""DeepSpeed under every stage and dtype, on two real ranks, against plain single-process training."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megakexue.config import ResolvedConfig
+from megakexue.core.attention import Layout
+from megakexue.core.axes import shape
+from megakexue.core.decoder import Decoder, initial_weight
+from megakexue.core.loss import plain_cross_entropy
+from megakexue.core.schedule import clip_factor, lr_factor
+from megakexue.dist import ALONE
+from megakexue.run.data import Batches
+from tests.conftest import Prepared
+from tests.helpers import make_config
+from tests.ranks import run_on_ranks
+
+STAGES = (0, 1, 2, 3)
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def initial_masters(engine: Any, config: ResolvedConfig) -> None:
+    engine.load_new(seed=0)
+
+
+def own_batches(config: ResolvedConfig, ranks: Any, *, same_batch: bool = False) -> Batches:
+    """The batches of this rank; `same_batch` gives every rank the rows of rank 0."""
+    size = config.train.global_batch_size // ranks.world_size if same_batch else config.train.global_batch_size
+    return Batches(
+        config.data,
+        global_batch_size=size,
+        micro_batch_size=config.train.micro_batch_size,
+        ranks=ALONE if same_batch else ranks,
+        cache=Path("unused"),
+    )
+
+
+def train_steps(config: ResolvedConfig, *, same_batch: bool) -> dict[str, Any]:
+    """Train `train.steps` on this rank."""
+    from megakexue.run.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    initial_masters(engine, config)
+    engine.check_weights()
+    if config.loss.emo:
+        head = initial_weight("embedding.weight" if config.model.tie_embeddings else "head.weight", config.model, 0)
+        engine.compare_tokens_by(head)
+    data = own_batches(config, ranks, same_batch=same_batch)
+    results = []
+    for step in range(config.train.steps):
+        batches = data.next_step()
+        lr = config.optim.lr * lr_factor(config.optim, step + 1, config.train.steps)
+        results.append(engine.train_step(batches, lr, step + 1))
+        engine.check_weights()
+    data.close()
+    state = [(s.name, s.start, s.stop, {k: v.clone() for k, v in views.items()}) for s, views in engine.state_tensors()]
+    loss = engine.evaluation_loss(batches[0]).item()
+    return {
+        "results": results,
+        "state": state,
+        "n_updates": engine.optimizer.n_updates,
+        "evaluation": loss,
+    }
+
+
+def many_cases(cases: list[tuple[ResolvedConfig, bool]]) -> list[dict[str, Any]]:
+    return [train_steps(config, same_batch=same) for config, same in cases]
+
+
+def assemble(
+    ranks: list[dict[str, Any]], config: ResolvedConfig, *, sharded: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Put the segments of all ranks together, asserting that they cover each parameter exactly once."""
+    whole: dict[str, dict[str, torch.Tensor]] = {}
+    counts: dict[str, torch.Tensor] = {}
+    for result in ranks if sharded else ranks[:1]:
+        for name, start, stop, views in result["state"]:
+            n = math.prod(shape(name, config.model))
+            counts.setdefault(name, torch.zeros(n, dtype=torch.int))[start:stop] += 1
+            for kind, value in views.items():
+                whole.setdefault(kind, {}).setdefault(name, torch.full((n,), torch.nan))[start:stop] = value
+    with torch.device("meta"):
+        expected = dict(Decoder(config.model, "reference").named_parameters())
+    assert counts.keys() == expected.keys()
+    assert all((count == 1).all() for count in counts.values())
+    return whole
+
+
+def plain_training(config: ResolvedConfig) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """The same steps with none of our engine: one process, the rules as the papers write them, all rows at once."""
+    model = Decoder(config.model, "reference")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(initial_weight(name, config.model, 0))
+    optim = config.optim
+    decayed = [p for p in parameters.values() if p.dim() == 2]
+    gains = [p for p in parameters.values() if p.dim() == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": gains, "weight_decay": 0.0}],
+        betas=(optim.beta1, optim.beta2 or 0.0),
+        eps=optim.eps,
+    )
+    momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    size = config.train.global_batch_size
+    data = Batches(config.data, global_batch_size=size, micro_batch_size=size, ranks=ALONE, cache=Path("unused"))
+    losses, norms = [], []
+    for step in range(config.train.steps):
+        (batch,) = data.next_step()
+        x = model.embedding(batch.tokens)
+        rotary = model.rotary(batch.positions, batch.tokens.shape[1])
+        layout = Layout(batch.positions, batch.cu_seqlens, backend="reference", dtype=x.dtype)
+        for block in model.blocks:
+            x = block(x, rotary, layout, None)
+        logits = x.flatten(0, 1), model.head.weight
+        loss = plain_cross_entropy(*logits, batch.targets.flatten(), config.model.logit_scale)
+        loss = loss / batch.n_targets
+        loss.backward()
+        squares = [p.grad.double().square().sum() for p in parameters.values() if p.grad is not None]
+        norm = torch.stack(squares).sum().sqrt()
+        for p in parameters.values():
+            assert p.grad is not None
+            p.grad *= clip_factor(optim, norm).item()
+        lr = optim.lr * lr_factor(optim, step + 1, config.train.steps)
+        if optim.name == "adamw":
+            for group in adamw.param_groups:
+                group["lr"] = lr
+            adamw.step()
+        else:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    plain_sign_step(name, p, momentum[name], config, lr, batch.tokens)
+        for p in parameters.values():
+            p.grad = None
+        losses.append(loss.item())
+        norms.append(norm.item())
+    data.close()
+    return losses, norms, {name: p.detach().view(-1) for name, p in parameters.items()}
+
+
+def plain_sign_step(
+    name: str, p: torch.Tensor, m: torch.Tensor, config: ResolvedConfig, lr: float, tokens: torch.Tensor
+) -> None:
+    """Tiger (9512) and Lion (9473) on one whole parameter, its embedding lazy by the tokens of the batch (9736)."""
+    optim, g = config.optim, p.grad
+    assert g is not None
+    eta: Any = lr
+    if optim.name == "tiger":
+        m.mul_(optim.beta1).add_(g, alpha=1 - optim.beta1)
+        direction = m
+        eta = lr * p.square().mean().sqrt()
+        if name == "embedding.weight":
+            eta = lr * p.square().mean(-1, keepdim=True).sqrt()
+        if p.dim() == 1:
+            eta = lr / 2
+    else:
+        assert optim.beta2 is not None
+        direction = optim.beta1 * m + (1 - optim.beta1) * g
+        m.mul_(optim.beta2).add_(g, alpha=1 - optim.beta2)
+    update = eta * (torch.sign(direction) + (optim.weight_decay if p.dim() == 2 else 0.0) * p)
+    if name == "embedding.weight" and not config.model.tie_embeddings:
+        occurs = torch.zeros(len(p), 1)
+        occurs[tokens.unique()] = 1
+        update *= occurs
+    p.sub_(update)
+
+
+TIGER, LION, ADAMW = {"name": "tiger", "lr": 1e-2}, {"name": "lion", "lr": 1e-3}, {"name": "adamw", "lr": 1e-2}
+
+
+def where(config: ResolvedConfig) -> str:
+    kind = "mla" if config.model.mla else "gqa"
+    tied = "tied" if config.model.tie_embeddings else "untied"
+    return f"{config.optim.name} stage {config.engine.zero_stage} {config.engine.dtype} {kind} {tied}"
+
+
+def on_two_ranks(configs: list[ResolvedConfig], *, same_batch: bool) -> list[tuple[Any, Any]]:
+    """Train each config on two ranks; return the results of the first and the state of both, put together."""
+    done = []
+    of_ranks = run_on_ranks(2, many_cases, [(config, same_batch) for config in configs])
+    for config, (first, second) in zip(configs, zip(*of_ranks), strict=True):
+        assert repr(first["results"]) == repr(second["results"]), f"{where(config)}: ranks disagree"
+        assert [r.status for r in first["results"]] == ["applied"] * config.train.steps, where(config)
+        assert first["n_updates"] == config.train.steps, where(config)
+        done.append((first, assemble([first, second], config, sharded=config.engine.zero_stage > 0)))
+    return done
+
+
+def alone(config: ResolvedConfig) -> ResolvedConfig:
+    """What each of two ranks does that have the same rows, on one rank without sharding."""
+    train = replace(config.train, global_batch_size=config.train.global_batch_size // 2)
+    return replace(config, train=train, engine=replace(config.engine, zero_stage=0))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_the_same_rows_are_one_rank(prepared: Prepared) -> None:
+    configs = [
+        make_config(prepared, stage=s, dtype=d, tied=t, optim=o, steps=8 if o is TIGER else 4)
+        for o, d, t in itertools.product((TIGER, LION, ADAMW), ("fp32", "bf16"), (False, True))
+        for s in STAGES
+    ]
+    configs += [make_config(prepared, stage=s, dtype="fp16", optim=o) for o in (TIGER, ADAMW) for s in STAGES]
+    configs += [
+        make_config(prepared, stage=s, dtype=d, mla=True, optim=TIGER) for d in ("fp32", "bf16") for s in STAGES
+    ]
+    configs += [
+        make_config(prepared, stage=s, dtype=d, tied=t, emo=True, optim=TIGER)
+        for s, d, t in ((1, "fp32", False), (3, "bf16", True), (3, "fp32", False))
+    ]
+    two = on_two_ranks(configs, same_batch=True)
+    halves = {repr(alone(config)): alone(config) for config in configs}
+    one = dict(zip(halves, run_on_ranks(1, many_cases, [(c, True) for c in halves.values()])[0], strict=True))
+    for config, (first, whole) in zip(configs, two, strict=True):
+        half = one[repr(alone(config))]
+        is_halved = config.engine.dtype == "fp16" and config.engine.zero_stage >= 2
+        for field in ("loss", "grad_norm"):
+            got, want = ([getattr(r, field) for r in run["results"]] for run in (first, half))
+            assert got == pytest.approx(want, rel=1e-6 if is_halved else 1e-15), f"{where(config)}: {field}"
+        evaluation = pytest.approx(half["evaluation"], rel=1e-3 if is_halved else 1e-15)
+        assert first["evaluation"] == evaluation, where(config)
+        # every bit of masters and state
+        for kind, tensors in assemble([half], config, sharded=False).items():
+            for name, value in tensors.items():
+                what = f"{where(config)}: {kind} {name}"
+                if is_halved:
+                    check_halved(whole[kind][name] - value, config, what)
+                else:
+                    assert torch.equal(whole[kind][name], value), what
+
+
+def check_halved(difference: torch.Tensor, config: ResolvedConfig, what: str) -> None:
+    """Stages 2 and 3 halve each micro-batch's gradient before adding, which loses the last bit of fp16's subnormals.
+
+    That is up to 2^-25 / 65536 = 5e-13, of which AdamW makes 5e-13 / eps = 5e-5 lr, and Tiger another sign where the
+    momentum is that small.
+    """
+    if config.optim.name == "adamw":
+        assert difference.abs().max() < 1e-4 * config.optim.lr, what
+    else:
+        assert (difference != 0).float().mean() < 2e-3, what
+
+
+@pytest.mark.slow
+def test_two_ranks_with_different_rows_go_by_the_plain_rules(prepared: Prepared) -> None:
+    configs = [
+        make_config(prepared, stage=s, dtype=d, optim=o)
+        for o, d in ((TIGER, "fp32"), (LION, "fp32"), (ADAMW, "fp32"), (TIGER, "bf16"), (ADAMW, "fp16"))
+        for s in STAGES
+    ]
+    configs += [make_config(prepared, stage=s, mla=True, optim=ADAMW) for s in STAGES]
+    configs += [make_config(prepared, stage=s, micro=1, optim=ADAMW) for s in STAGES]
+    references: dict[tuple[str, bool], tuple[list[float], list[float], dict[str, torch.Tensor]]] = {}
+    for config, (first, whole) in zip(configs, on_two_ranks(configs, same_batch=False), strict=True):
+        key = config.optim.name, config.model.mla is not None
+        if config.engine.dtype == "fp32" and key not in references:
+            references[key] = plain_training(config)
+        losses, norms, weights = references[key]
+        # fp32: up to the order of float32 sums; half precision: to that of the weights
+        rel = {"fp32": 1e-6 if config.optim.name == "adamw" else 1e-5, "bf16": 2e-3, "fp16": 3e-4}[config.engine.dtype]
+        assert [r.loss for r in first["results"]] == pytest.approx(losses, rel=rel), where(config)
+        if config.engine.dtype == "fp32":
+            assert [r.grad_norm for r in first["results"]] == pytest.approx(norms, rel=10 * rel), where(config)
+            for name, value in weights.items():
+                check_rounding(whole["master"][name] - value, config, f"{where(config)}: {name}")
+
+
+def check_rounding(difference: torch.Tensor, config: ResolvedConfig, what: str) -> None:
+    """AdamW divides by sqrt(v), so where a gradient is rounding noise it may move by another fraction of lr.
+
+    A sign may turn there.
+    """
+    difference, lr = difference.abs(), config.optim.lr
+    if config.optim.name == "adamw":
+        assert difference.max() < 0.02 * lr, f"{what} {difference.max()}"
+        assert difference.mean() < 1e-5 * lr, f"{what} {difference.mean()}"
+    else:
+        turned = (difference > 1e-6).float().mean()
+        assert turned < 1e-3, f"{what} {turned}"
+        assert difference.max() < 2 * config.train.steps * lr, what
+
+
+def huge_gradients(configs: list[ResolvedConfig]) -> list[tuple[Any, int]]:
+    """One step whose gradients are finite and beyond what float32 can square."""
+    from megakexue.run.engine import Engine, start
+
+    outcomes = []
+    for config in configs:
+        ranks = start(config.engine)
+        engine = Engine(config, ranks)
+        initial_masters(engine, config)
+        data = own_batches(config, ranks)
+        for p in engine.module.parameters():
+            p.register_hook(lambda g: g * 1e23)
+        result = engine.train_step(data.next_step(), 1e-3, 1)
+        engine.check_weights()
+        data.close()
+        outcomes.append((result, engine.optimizer.n_updates))
+    return outcomes
+
+
+@pytest.mark.slow
+def test_momentum_accumulates_what_the_gradient_does(prepared: Prepared) -> None:
+    # 8634: equal up to the order of float32 sums, without a buffer for the gradient. The clipping of each micro-batch
+    # is another thing than that of their mean, so there is none here
+    cases = [(stage, k) for stage in STAGES for k in (1, 2, 8)]
+    configs = [
+        make_config(prepared, stage=stage, rows=16, micro=8 // k, steps=3,
+                    optim=TIGER | {"clip": None, "accumulate": accumulate})
+        for stage, k in cases for accumulate in ("gradient", "momentum")
+    ]  # fmt: skip
+    two = list(zip(*run_on_ranks(2, many_cases, [(config, False) for config in configs])))
+    runs = [assemble(list(r), c, sharded=c.engine.zero_stage > 0) for r, c in zip(two, configs)]
+    for (stage, k), by_gradient, by_momentum, ranks in zip(cases, runs[::2], runs[1::2], zip(two[::2], two[1::2])):
+        where = f"stage {stage}, {k} micro-batches"
+        for name, value in by_gradient["momentum"].items():
+            other = by_momentum["momentum"][name]
+            if k == 1:
+                assert torch.equal(other, value) and torch.equal(
+                    by_momentum["master"][name], by_gradient["master"][name]
+                )
+                continue
+            assert (other - value).abs().max() < 1e-5 * value.abs().max(), f"{where}: {name}"
+            turned = ((by_momentum["master"][name] - by_gradient["master"][name]).abs() > 1e-6).float().mean()
+            assert turned < 2e-3, f"{where}: {name}: {turned}"
+        losses = [[r.loss for r in rank[0]["results"]] for rank in ranks]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6), where
+
+
+POLICIES: tuple[Any, ...] = ("shrink", "skip", "rollback", "stop")
+
+
+def inject(config: ResolvedConfig) -> list[tuple[Any, ...]]:
+    """On the last rank, a NaN or an infinity in the second of four micro-batches, under every policy on one engine."""
+    from megakexue.run.engine import Engine, start
+
+    ranks = start(config.engine)
+    engine = Engine(config, ranks)
+    initial_masters(engine, config)
+    data = own_batches(config, ranks)
+
+    def state(kind: str) -> dict[tuple[str, int], torch.Tensor]:
+        return {(s.name, s.start): views[kind].clone() for s, views in engine.state_tensors() if kind in views}
+
+    outcomes = []
+    step = 0
+    first = DTYPES.index(config.engine.dtype) + (config.optim.accumulate == "momentum")
+    for n, policy in enumerate(POLICIES, start=first):
+        value = (math.nan, math.inf)[n % 2]  # at each stage, as at each dtype, every policy meets both
+        engine.config = replace(config, guard=replace(config.guard, on_nonfinite=policy))
+        engine.guard.config = engine.config.guard
+        for is_bad in (True, False):
+            calls = 0
+
+            def poison(
+                module: Any, inputs: Any, out: torch.Tensor, is_bad: bool = is_bad, value: float = value
+            ) -> torch.Tensor:
+                nonlocal calls
+                calls += 1
+                bad = is_bad and calls == 2 and ranks.rank == ranks.world_size - 1
+                return torch.cat([out[:, :1] * value, out[:, 1:]], 1) if bad else out
+
+            hook = engine.module.get_submodule("blocks.1.feed_forward").register_forward_hook(poison)
+            before = {kind: state(kind) for kind in ("master", "momentum")}
+            step += 1
+            result = engine.train_step(data.next_step(), config.optim.lr, step)
+            hook.remove()
+            engine.check_weights()
+            after = {kind: state(kind) for kind in ("master", "momentum")}
+            is_finite = all(t.isfinite().all() for tensors in after.values() for t in tensors.values())
+            unmoved = [n for n in before["master"] if torch.equal(before["master"][n], after["master"][n])]
+            # with ratio 0.99 every element goes a hundredth of its way to the centre
+            shrunk = all(
+                torch.allclose(after["master"][n] - c, (t - c) * 0.99, atol=1e-7)
+                for n, t in before["master"].items()
+                for c in [1.0 if "gain" in n[0] else 0.0]
+            )
+            same_momentum = all(torch.equal(t, after["momentum"][n]) for n, t in before["momentum"].items())
+            facts = (is_finite, sorted({n for n, _ in unmoved}), shrunk, same_momentum, result.reason_to_stop)
+            outcomes.append((f"{policy} {value}", is_bad, result, facts))
+    data.close()
+    return outcomes
+
+
+def inject_all(configs: list[ResolvedConfig]) -> list[list[tuple[Any, ...]]]:
+    return [inject(config) for config in configs]
+
+
+@pytest.mark.slow
+def test_one_bad_micro_batch_of_one_rank(prepared: Prepared) -> None:
+    configs = [
+        make_config(prepared, stage=stage, dtype=dtype, rows=16, micro=2, optim=TIGER | {"accumulate": accumulate})
+        for stage in STAGES
+        for dtype in DTYPES
+        for accumulate in ("gradient", "momentum")
+    ]
+    expected = {"shrink": "shrunk", "skip": "skipped", "rollback": "rolled back", "stop": "skipped"}
+    for config, ranks in zip(configs, zip(*run_on_ranks(2, inject_all, configs))):
+        in_momentum = config.optim.accumulate == "momentum"
+        for (injected, is_bad, result, facts), (_, _, other, other_facts) in zip(*ranks):
+            where = f"stage {config.engine.zero_stage} {config.engine.dtype} {config.optim.accumulate} {injected}"
+            policy = injected.split()[0]
+            is_finite, unmoved, shrunk, same_momentum, reason = facts
+            assert repr(result) == repr(other), f"{where}: ranks disagree"
+            assert is_finite and other_facts[0], where
+            if is_bad:
+                assert result.status == expected[policy], where
+                assert result.bad_ranks == [1] and len(result.bad_tensors) > 10, where
+                assert "loss nan" in result.note or "loss inf" in result.note, where
+                assert shrunk == (policy == "shrink") == other_facts[2], where
+                # the other micro-batches stay in a momentum that accumulates them
+                assert same_momentum == (not in_momentum), where
+                # gains are at their centre before they have moved
+                moved = [name for name in unmoved if "gain" not in name] == []
+                assert moved == (policy == "shrink"), where
+                assert (reason is not None) == (policy == "stop"), where
+            else:
+                # a gradient that underflows in fp16 moves nothing; everything else goes on
+                moved_all = not set(unmoved) & set(other_facts[1])
+                assert result.status == "applied" and moved_all, f"{where}: {unmoved} {other_facts[1]}"
+
+
+@pytest.mark.slow
+def test_large_but_finite_gradients_are_applied(prepared: Prepared) -> None:
+    # DeepSpeed's own checks take the infinite float32 norm for an overflow at stage 0, and drop the step
+    configs = [make_config(prepared, stage=s, dtype=d) for d in ("fp32", "bf16") for s in STAGES]
+    for config, (result, n_updates) in zip(configs, run_on_ranks(2, huge_gradients, configs)[0]):
+        where = f"stage {config.engine.zero_stage} {config.engine.dtype}"
+        assert (result.status, n_updates) == ("applied", 1), where
+        assert result.grad_norm > 1e20, where

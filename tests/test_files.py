@@ -1,0 +1,249 @@
+"""Hashes and manifests find every kind of damage, and a file or folder is found complete or not at all."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakexue import files
+from megakexue.config import UserError
+from megakexue.files import (
+    new_folder,
+    read_json,
+    require_new_file,
+    seal,
+    sha256,
+    sync_folder,
+    verify,
+    write_json,
+    write_whole,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What is pushed to the disk, in order."""
+    paths: list[Path] = []
+    monkeypatch.setattr(files.os, "fsync", lambda handle: paths.append(Path(os.readlink(f"/proc/self/fd/{handle}"))))
+    return paths
+
+
+@pytest.mark.parametrize("size", [0, 3, 3_000_000])
+def test_sha256_and_seal(size: int, tmp_path: Path, synced: list[Path]) -> None:
+    path, data = tmp_path / "a", os.urandom(size)
+    path.write_bytes(data)
+    assert sha256(path) == sha256(str(path)) == hashlib.sha256(data).hexdigest()
+    assert synced == []
+    assert seal(path) == {"size": size, "sha256": hashlib.sha256(data).hexdigest()}
+    assert synced == [path]
+
+
+def test_sync_folder(tmp_path: Path, synced: list[Path]) -> None:
+    n_open = len(os.listdir("/proc/self/fd"))
+    sync_folder(tmp_path)
+    assert synced == [tmp_path] and len(os.listdir("/proc/self/fd")) == n_open
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    path, value = tmp_path / "a.json", {"text": "虎 \ud800", "numbers": [1, 0.1, None]}
+    write_json(path, value)
+    assert read_json(path, "a") == read_json(str(path), "a") == value
+    assert path.read_text().startswith('{\n "text": ') and path.read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "a.json: cannot read the manifest: .*No such file"),
+        (b'{"a": 1', "a.json: cannot read the manifest: Expecting ',' delimiter"),
+        (b'{"a": "\xff"}', "a.json: cannot read the manifest: 'utf-8' codec can't decode"),
+        (b"[1]", "a.json: the manifest must be a JSON object"),
+    ],
+)
+def test_read_json_says_what_is_wrong(content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "a.json", "the manifest")
+
+
+def test_write_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latest"
+    for text in ("first", "虎"):
+        write_whole(path, text)
+        assert path.read_text(encoding="utf-8") == text and names(tmp_path) == ["latest"]
+
+    def fail(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "third")
+    assert path.read_text(encoding="utf-8") == "虎"
+
+
+def test_require_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    require_new_file("--plot", path, overwrite=False)
+    path.write_text("old")
+    with pytest.raises(UserError, match=r"--plot .*/a exists: choose another name or add --overwrite"):
+        require_new_file("--plot", path, overwrite=False)
+    require_new_file("--plot", path, overwrite=True)
+    with pytest.raises(UserError, match=r"--plot .*/none/a: there is no folder .*/none$"):
+        require_new_file("--plot", tmp_path / "none" / "a", overwrite=True)
+    assert path.read_text() == "old"
+
+
+# ---------------------------------------------------------------------------------------------------------- new_folder
+
+
+def test_a_new_folder_takes_its_name_when_it_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with new_folder(out) as folder:
+        assert folder == tmp_path / "deep" / ".out.partial" and names(folder) == ["lock"]
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text("a")
+        assert not out.exists()
+    assert names(tmp_path / "deep") == ["out"] and names(out) == ["inner"]
+    assert (out / "inner" / "a").read_text() == "a"
+
+
+def test_an_old_folder_is_replaced_only_when_the_new_one_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    (tmp_path / ".out.old").mkdir()  # what a writer that was killed between two renames leaves
+    (tmp_path / ".out.old" / "older").write_text("older")
+    with new_folder(out) as folder:
+        (folder / "new").write_text("new")
+        assert names(out) == ["old"]
+    assert names(tmp_path) == ["out"] and names(out) == ["new"]
+
+
+@pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("has_old", [False, True])
+def test_a_failure_removes_the_new_folder_and_keeps_the_old(
+    error: type[BaseException], has_old: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if has_old:
+        out.mkdir()
+        (out / "old").write_text("old")
+    with pytest.raises(error), new_folder(out) as folder:
+        (folder / "inner").mkdir()
+        raise error
+    assert names(tmp_path) == (["out"] if has_old else [])
+    assert not has_old or (out / "old").read_text() == "old"
+
+
+def test_leftovers_are_removed(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    (partial / "inner" / "deep").mkdir(parents=True)
+    for name in ("a", "lock", "inner/b"):
+        (partial / name).write_text("left over")
+    with new_folder(tmp_path / "out") as folder:
+        assert folder == partial and names(folder) == ["lock"]
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == []
+
+
+def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+        with pytest.raises(UserError, match=r"--out .*/out: another run is writing it"):
+            with new_folder(tmp_path / "out"):
+                pytest.fail("two writers")
+        with new_folder(tmp_path / "other"):
+            pass
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: Any, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    message = r"cannot make .*/file/\.out\.partial: Not a directory: choose another place for out"
+    with pytest.raises(UserError, match=message), new_folder(tmp_path / "file" / "out"):
+        pytest.fail("made")
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    """A folder of two files and a manifest, and one file that is not in the manifest."""
+    folder = tmp_path / "sealed"
+    folder.mkdir()
+    for name in ("b", "a", "other"):
+        (folder / name).write_text(f"this is {name}")
+    write_json(folder / "manifest.json", {"format": 7, "files": {name: seal(folder / name) for name in ("b", "a")}})
+    return folder
+
+
+def test_verify_names_the_files(sealed: Path) -> None:
+    assert verify(sealed, 7) == ["a", "b"]
+    (sealed / "other").unlink()
+    assert verify(sealed, 7, check_hashes=False) == ["a", "b"]
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Return a function that changes the manifest of a folder."""
+
+    def apply(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        write_json(folder / "manifest.json", manifest)
+
+    return apply
+
+
+NO_HASHES = r"manifest\.json is damaged: it has no sizes and hashes of files; copy the folder again"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json: cannot read the manifest: .*No such file"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: cannot read the manifest: Expecting"),
+        (edit(lambda m: m.update(format=8)), "json: format 8 is not 7: use the version of megakexue that wrote it"),
+        (edit(lambda m: m.pop("format")), "json: format None is not 7: use the version of megakexue that wrote it"),
+        (edit(lambda m: m.pop("files")), NO_HASHES),
+        (edit(lambda m: m.update(files=["a"])), NO_HASHES),
+        (edit(lambda m: m["files"].update(a="hash")), NO_HASHES),
+        (edit(lambda m: m["files"]["a"].pop("size")), NO_HASHES),
+        (edit(lambda m: m["files"]["a"].pop("sha256")), NO_HASHES),
+        (edit(lambda m: m["files"].update({"../x": m["files"]["a"]})), "names '../x', which is outside the folder"),
+        (lambda f: (f / "a").unlink(), "sealed/a is missing: copy the folder again"),
+        (lambda f: (f / "b").write_text("this is b!"), "b is damaged: it has 10 bytes instead of 9; copy the folder"),
+    ],
+)
+@pytest.mark.parametrize("check_hashes", [True, False])
+def test_verify_finds(damage: Callable[[Path], object], message: str, check_hashes: bool, sealed: Path) -> None:
+    damage(sealed)
+    with pytest.raises(UserError, match=message):
+        verify(sealed, 7, check_hashes=check_hashes)
+
+
+def test_verify_finds_other_bytes_by_their_hash(sealed: Path) -> None:
+    (sealed / "a").write_text("this is A")
+    assert verify(sealed, 7, check_hashes=False) == ["a", "b"]
+    message = r"sealed/a is damaged: its sha256 is not that of manifest\.json; copy the folder again"
+    with pytest.raises(UserError, match=message):
+        verify(sealed, 7)

@@ -1,0 +1,106 @@
+"""The program reads every kind of file, says what it did, and refuses what it cannot use."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megakexue.files import sha256
+from megakexue.text.tokenizer import Tokenizer
+from tests.helpers import ROOT
+from tests.programs import run_without_torch
+from tests.text.helpers import stdlib_texts
+
+TOOL = ROOT / "tools" / "train_tokenizer.py"
+
+
+def run_tool(*arguments: object) -> str:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder, texts = tmp_path / "corpus", stdlib_texts(6)
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep/a.txt").write_text(texts[0], encoding="utf-8")
+    (folder / "b.py.gz").write_bytes(gzip.compress(texts[1].encode()))
+    (folder / "c.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts[2:4]))
+    lines = "".join(json.dumps({"content": text}) + "\n\n" for text in texts[4:])
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "latin1.txt").write_bytes("é".encode("latin-1"))
+    (folder / "binary").write_bytes(b"\0\1\2")
+    (folder / ".hidden").write_text("hidden")
+    return folder
+
+
+def test_tool_reads_every_kind_of_file(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new/t.model"
+    arguments: list[object] = [
+        corpus,
+        "--vocab-size",
+        500,
+        "--kind",
+        "bpe",
+        "--text-key",
+        "content",
+        "--user-symbol",
+        "<|a|>",
+    ]
+    said = run_tool(*arguments, "--out", out)
+    tokenizer, facts = Tokenizer(out), json.loads((tmp_path / "new/t.json").read_text())
+    assert tokenizer.vocab_size == 500 and tokenizer.encode("<|a|>") == [4]
+    assert facts["sha256"] == tokenizer.sha256
+    assert facts["text_bytes"] == sum(len(text.encode()) for text in stdlib_texts(6))
+    assert (facts["n_files"], facts["n_skipped"]) == (6, 2)
+    assert f"{facts['bytes_per_token']:.3f} bytes per token" in said and "skipped 2 of 6 files" in said
+    assert "trainer_interface" not in said  # sentencepiece's log
+    assert sorted(path.name for path in out.parent.iterdir()) == ["t.json", "t.model"]
+
+    # the same text from other files, in another order, gives the same model
+    everything = tmp_path / "all.jsonl"
+    everything.write_text("".join(json.dumps({"content": text}) + "\n" for text in stdlib_texts(6)[::-1]))
+    again = run_tool(tmp_path / "*.jsonl", *arguments[1:], "--out", tmp_path / "u.model", "--verbose")
+    assert sha256(tmp_path / "u.model") == tokenizer.sha256
+    assert "trainer_interface" in again
+
+
+def test_tool_errors(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.model"
+    size: list[object] = ["--vocab-size", 400, "--kind", "bpe"]
+
+    def refused(*cases: tuple[list[object], str]) -> None:
+        command_lines = [list(map(str, arguments)) for arguments, _ in cases]
+        results = run_without_torch(TOOL, command_lines)
+        for (code, _, err), (_, message) in zip(results, cases, strict=True):
+            assert code == 2 and message in err, err
+
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
+    (tmp_path / "bad.gz").write_bytes(gzip.compress(b"text" * 100)[:-9])
+    refused(
+        ([corpus, *size, "--out", out], "no string at 'text': name the field with --text-key"),
+        ([tmp_path / "no*", *size, "--out", out], "no such file, no match"),
+        ([corpus, *size, "--out", tmp_path / "t"], "must end in .model"),
+        ([tmp_path / "bad.jsonl", *size, "--out", out], "bad.jsonl:2: no JSON"),
+        ([tmp_path / "bad.gz", *size, "--out", out], "bad.gz: cannot read it"),
+        ([corpus, *size], "required: --out"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gz", "bad.jsonl", "corpus"]
+
+    text = corpus / "deep/a.txt"
+    out.write_bytes(b"old")
+    exists = "t.model exists: choose another --out, or pass --overwrite"
+    refused(
+        ([text, *size, "--vocab-size", 1, "--out", out], exists),
+        ([text, *size, "--out", out], exists),
+        ([text, "--vocab-size", 262, "--out", out, "--overwrite"], "use at least"),
+    )
+    assert out.read_bytes() == b"old"
+    run_tool(text, *size, "--out", out, "--overwrite")
+    assert Tokenizer(out).vocab_size == 400
+    assert "example:" in run_tool("--help")
