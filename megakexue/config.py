@@ -660,17 +660,17 @@ class TrainConfig:
             no_effect(self, "train.init_optimizer", f"{reason} reset")
             no_effect(self, "train.init_data", f"{reason} start")
 
-    def n_micro_batches(self, world_size: int) -> int:
-        """Return how many micro-batches each of `world_size` ranks takes in one optimizer step.
+    def n_micro_batches(self, n_data_ranks: int) -> int:
+        """Return how many micro-batches each of `n_data_ranks` ranks takes in one optimizer step.
 
         Raises:
             UserError: the global batch is not a multiple of what all ranks take at a time.
         """
-        rows = self.micro_batch_size * world_size
+        rows = self.micro_batch_size * n_data_ranks
         require(
             self.global_batch_size % rows == 0,
             f"train.global_batch_size={self.global_batch_size} must be a multiple of train.micro_batch_size="
-            f"{self.micro_batch_size} times the {world_size} ranks = {rows}",
+            f"{self.micro_batch_size} times the {n_data_ranks} ranks = {rows}",
         )
         return self.global_batch_size // rows
 

@@ -100,7 +100,7 @@ def main() -> None:
     from megakexue.run.train import train
 
     ranks = dist.read_ranks()
-    micro_batches = config.train.n_micro_batches(ranks.world_size)
+    micro_batches = config.train.n_micro_batches(ranks.data_size)
     faults = draw(
         arguments.n_faults, arguments.seed, steps=config.train.steps, ranks=ranks.world_size,
         micro_batches=micro_batches, blocks=config.model.n_layers,
