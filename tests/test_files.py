@@ -176,6 +176,22 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names(tmp_path / "out") == ["a"]
 
 
+def test_the_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "old").touch()
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"), new_folder(out):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "old").exists()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
     message = r"cannot make .*/file/\.out\.partial: Not a directory: choose another place for out"
