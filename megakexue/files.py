@@ -1,18 +1,34 @@
 """Files that are whole or not there: hashes, manifests, JSON, and folders that take their name when they are done."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megakexue.config import UserError, require
 
 LOCK = "lock"
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""Errors that only writing has."""
+REMEDIES = {
+    errno.ENOSPC: "make room there, or choose another place",
+    errno.EDQUOT: "make room there, ask for a larger quota, or choose another place",
+    errno.EROFS: "mount it for writing, or choose another place",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose a file system that takes larger files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "check the disks that are read and written",
+}
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+WITHOUT_LOCKS = "is on a file system without locks (flock): a second {} at the same time would not be noticed"
 
 
 def sha256(path: str | Path) -> str:
@@ -49,17 +65,76 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def writing(name: str, *places: Path) -> Iterator[None]:
+    """Turn an OSError of the block that is about `places` into one line that names them as `name`, with the remedy.
+
+    An error of reading something else, such as an input, is none of these and passes.
+
+    Raises:
+        UserError: a place cannot be written: it is full, read-only, forbidden, no folder, ...
+    """
+    try:
+        yield
+    except OSError as error:
+        file = error.filename2 or error.filename
+        file = os.fsdecode(file) if isinstance(file, str | bytes) else None
+        is_inside = file is not None and any(_touches(Path(file), place) for place in places)
+        # a read fails by none of the first; the disk that fails may be that of an input, and the remedy says so
+        if not (error.errno in CANNOT_WRITE or is_inside or (error.errno == errno.EIO and file is None)):
+            raise
+        where = "" if file is None or is_inside else f" ({file})"
+        remedy = REMEDIES.get(error.errno or 0, "choose another place")
+        raise UserError(f"{name} cannot be written: {error.strerror or error}{where}: {remedy}") from error
+
+
+def _touches(file: Path, place: Path) -> bool:
+    """Whether a file is a place, lies in it, or is one of the folders above it."""
+    file, place = file.absolute(), place.absolute()
+    return file.is_relative_to(place) or place.is_relative_to(file)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process alone, until it is closed. False: its file system has no locks.
+
+    The kernel frees the lock when the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
 def require_new_file(option: str, path: Path, overwrite: bool) -> None:
-    """Refuse a file that `option` names if its folder is missing, or if it is there and not to be replaced."""
+    """Refuse a file that `option` names if its folder is missing or read-only, or if it is there and is to stay."""
     require(path.parent.is_dir(), f"{option} {path}: there is no folder {path.parent}")
+    require(not path.is_dir(), f"{option} {path} is a folder: choose another name")
     require(overwrite or not path.exists(), f"{option} {path} exists: choose another name or add --overwrite")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: {path.parent} is read-only: choose another place")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name and rename it, so that no half of it is ever found."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under another name and rename it, so that no half of it is ever found.
+
+    Raises:
+        UserError: it cannot be written. Nothing is left behind, and a file that was there stays.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(str(path), path, temporary):
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 @contextmanager
@@ -70,38 +145,78 @@ def new_folder(out: Path) -> Iterator[Path]:
     folder holds a file `lock`. Killed, it stays behind as `.NAME.partial`, and the next writer of `out` removes it.
 
     Raises:
-        UserError: the folder cannot be made, or another process is writing `out`.
-        OSError: it cannot be renamed.
+        UserError: the folder cannot be made, written or renamed, or another process is writing `out`. Other errors of
+            the block pass.
     """
-    partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {partial}: {error.strerror}: choose another place for {out.name}") from error
-    with open(partial / LOCK, "w") as lock:
+    with _partial_folder(out) as (partial, target):
+        yield partial
+        old = target.with_name(f".{target.name}.old")
+        (partial / LOCK).unlink()
+        shutil.rmtree(old, ignore_errors=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():  # the last rename has failed: what was there comes back
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_files(out: Path, *beside: Path) -> Iterator[Path]:
+    """Give a folder whose files take the names `out` and `beside`, all in one folder, when the block ends well.
+
+    The block writes each of them under its own name into the folder that it is given. They replace files that are
+    there: the caller has checked that they may. `out` comes last, so where it is new, the others are too. Killed, the
+    folder stays behind as `.NAME.partial`, of the name of `out`, and the next writer of `out` removes it.
+
+    Raises:
+        UserError: as `new_folder`.
+    """
+    for path in (out, *beside):
+        require(not path.is_dir(), f"{path} is a folder: choose another name")
+    with _partial_folder(out) as (partial, target):
+        yield partial
+        for path in (*beside, out):
+            seal(partial / path.name)
+        for path in (*beside, out):
+            os.replace(partial / path.name, target.with_name(path.name))
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[tuple[Path, Path]]:
+    """Give an empty folder `.NAME.partial` that this process alone writes, and `out` itself, or what it links to.
+
+    The folder is removed when the block fails.
+    """
+    target = Path(os.path.realpath(out)) if out.is_symlink() else out  # a link to another disk stays one
+    require(target.name not in ("", ".."), f"--out {out} has no name of its own: name what is to be written")
+    partial = target.with_name(f".{target.name}.partial")
+    with writing(f"--out {out}", out, target, partial), ExitStack() as stack:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            file = stack.enter_context(open(partial / LOCK, "w"))
+            has_lock = lock(file)
         except BlockingIOError as error:
             raise UserError(f"--out {out}: another run is writing it") from error
         except OSError:
-            pass  # a file system without locks
+            with suppress(OSError):
+                partial.rmdir()  # only if it is empty: without the lock, it may be another's
+            raise
+        if not has_lock:
+            print(f"WARNING: {partial.parent} {WITHOUT_LOCKS.format('writer of the same name')}", file=sys.stderr)
         try:
             for leftover in partial.iterdir():
-                if leftover.is_dir():
+                if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover)
                 elif leftover.name != LOCK:
                     leftover.unlink()
-            yield partial
-            (partial / LOCK).unlink()
-            shutil.rmtree(old, ignore_errors=True)
-            if out.exists():
-                out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
+            yield partial, target
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
-            if old.exists() and not out.exists():  # the last rename has failed: what was there comes back
-                old.rename(out)
             raise
 
 

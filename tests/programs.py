@@ -1,10 +1,13 @@
 """Run a program of tools/ with many command lines in one process, which costs one start of Python for all of them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.helpers import ROOT
 
@@ -39,3 +42,17 @@ def run_without_torch(program: Path, command_lines: list[list[str]]) -> list[tup
 
 def run_python(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], text=True, capture_output=True, cwd=ROOT, **options)
+
+
+def run_with_mounts(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a shell script that may mount what nobody else sees; skip the test where that is not allowed."""
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    try:
+        trial = subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
+        is_allowed = trial.returncode == 0
+    except FileNotFoundError:
+        is_allowed = False
+    if not is_allowed:
+        pytest.skip("this machine does not allow file systems of one's own (unshare --mount)")
+    command = [*unshare, "sh", "-ec", script, "sh", *arguments]
+    return subprocess.run(command, text=True, capture_output=True, cwd=ROOT, **options)

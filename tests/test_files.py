@@ -1,9 +1,11 @@
 """Hashes and manifests find every kind of damage, and a file or folder is found complete or not at all."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from megakexue import files
 from megakexue.config import UserError
 from megakexue.files import (
+    new_files,
     new_folder,
     read_json,
     require_new_file,
@@ -23,6 +26,7 @@ from megakexue.files import (
     write_json,
     write_whole,
 )
+from tests.programs import run_with_mounts
 
 
 def names(folder: Path) -> list[str]:
@@ -166,14 +170,32 @@ def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == ["a"]
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def no_locks(file: Any, operation: int) -> None:
-        raise OSError(95, "Operation not supported")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with new_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")
     assert names(tmp_path / "out") == ["a"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"WARNING: {tmp_path} is on a file system without locks (flock): a second writer of the same name at the same "
+        "time would not be noticed"
+    )
+
+
+def test_a_folder_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "disk" / "out" / "old").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "out").is_symlink() and names(tmp_path) == ["disk", "out"]
+    assert names(tmp_path / "disk") == ["out"] and names(tmp_path / "disk" / "out") == ["new"]
 
 
 def test_the_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +216,109 @@ def test_the_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, mo
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
-    message = r"cannot make .*/file/\.out\.partial: Not a directory: choose another place for out"
+    message = r"--out .*/file/out cannot be written: Not a directory: choose another place"
     with pytest.raises(UserError, match=message), new_folder(tmp_path / "file" / "out"):
         pytest.fail("made")
+    with pytest.raises(UserError, match="name too long: choose a shorter name"), new_folder(tmp_path / ("a" * 250)):
+        pytest.fail("made")
+    with pytest.raises(UserError, match=r"--out \. has no name of its own"), new_folder(Path(".")):
+        pytest.fail("made")
+
+
+def test_an_error_of_reading_is_not_one_of_writing(tmp_path: Path) -> None:
+    """An input that fails while a folder is written: the caller, who knows the input, says so."""
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out"):
+        (tmp_path / "input").read_text()
+    with pytest.raises(PermissionError), new_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out2"))
+    with pytest.raises(UserError, match=r"out cannot be written: Input/output error: check the disks that"):
+        with new_folder(tmp_path / "out"):
+            raise OSError(errno.EIO, "Input/output error")  # whose disk it is, the system does not say
+    assert names(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ new_files
+
+
+def test_new_files_take_their_names_together(tmp_path: Path) -> None:
+    out, facts = tmp_path / "t.model", tmp_path / "t.json"
+    out.write_text("old")
+    (tmp_path / ".t.model.partial").mkdir()
+    (tmp_path / ".t.model.partial" / "t.model").write_text("of a killed one")
+    for n in (1, 2):
+        with new_files(out, facts) as folder:
+            assert folder == tmp_path / ".t.model.partial" and names(folder) == ["lock"]
+            (folder / "t.model").write_text(f"model {n}")
+            (folder / "t.json").write_text(f"facts {n}")
+            (folder / "scratch").mkdir()
+            assert out.read_text() == ("old" if n == 1 else "model 1")
+            with pytest.raises(UserError, match=r"--out .*/t\.model: another run is writing it"), new_files(out):
+                pytest.fail("two writers")
+        assert names(tmp_path) == ["t.json", "t.model"]
+        assert out.read_text() == f"model {n}" and facts.read_text() == f"facts {n}"
+    with pytest.raises(KeyboardInterrupt), new_files(out, facts) as folder:
+        (folder / "t.model").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["t.json", "t.model"] and out.read_text() == "model 2"
+    facts.unlink()
+    facts.mkdir()
+    with pytest.raises(UserError, match=r"t\.json is a folder: choose another name"), new_files(out, facts):
+        pytest.fail("began")
+
+
+# ----------------------------------------------------------------------------------------------- places full or closed
+
+WRITERS = """
+import sys
+from pathlib import Path
+from megakexue.config import UserError
+from megakexue.files import new_files, new_folder, require_new_file, write_whole
+
+def folder(out):
+    with new_folder(out) as folder:
+        (folder / "a").write_bytes(bytes(500_000))
+
+def files(out):
+    with new_files(out, out.with_suffix(".json")) as folder:
+        (folder / out.with_suffix(".json").name).write_text("{}")
+        (folder / out.name).write_bytes(bytes(500_000))
+
+def whole(out):
+    write_whole(out, bytes(500_000))
+
+def checked(out):
+    require_new_file("--json", out, False)
+    whole(out)
+
+for place in sys.argv[1:]:
+    before = sorted(path.name for path in Path(place).iterdir())
+    for write in (folder, files, whole, checked):
+        try:
+            write(Path(place, "out"))
+        except UserError as error:
+            print(write.__name__, error)
+        assert sorted(path.name for path in Path(place).iterdir()) == before, write
+"""
+
+
+def test_a_full_and_a_closed_place_are_one_line_and_hold_nothing(tmp_path: Path) -> None:
+    script = """
+    mkdir $1/full $1/closed; mount -t tmpfs -o size=300k none $1/full; mount -t tmpfs none $1/closed
+    mkdir $1/closed/.out.partial; mount -o remount,ro $1/closed
+    exec "$2" -c "$3" $1/full $1/closed"""
+    done = run_with_mounts(script, str(tmp_path), sys.executable, WRITERS)
+    assert done.returncode == 0, done.stderr
+    full, closed = (
+        f"out cannot be written: {text}, or choose another place"
+        for text in ("No space left on device: make room there", "Read-only file system: mount it for writing")
+    )
+    assert done.stdout.splitlines() == [
+        f"folder --out {tmp_path}/full/{full}", f"files --out {tmp_path}/full/{full}",
+        f"whole {tmp_path}/full/{full}", f"checked {tmp_path}/full/{full}",
+        f"folder --out {tmp_path}/closed/{closed}", f"files --out {tmp_path}/closed/{closed}",
+        f"whole {tmp_path}/closed/{closed}",
+        f"checked --json {tmp_path}/closed/out: {tmp_path}/closed is read-only: choose another place",
+    ]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- verify

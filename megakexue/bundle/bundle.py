@@ -16,6 +16,7 @@ manifest names, and unpickles nothing; the parameters are exactly those of the c
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def write_bundle(
         state: its tensors by kind/name.
 
     Raises:
-        UserError: `out` exists (with `overwrite`: and is no bundle), or a weight is not finite.
+        UserError: `out` exists (with `overwrite`: and is no bundle), it cannot be written, or a weight is not finite.
     """
     assert resolve(config, "adamw", config.rope.context) == config, "resolve first"
     names = parameter_names(config)
@@ -99,7 +100,7 @@ def write_bundle(
             write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
             seal(folder / "manifest.json")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} is not written, and nothing is left of it: {error}") from error
+        raise UserError(f"{out} is not written: {error}") from error  # what it is made of cannot be read
     return out
 
 
@@ -115,7 +116,7 @@ def _write_tensors(
         nonlocal n_shards
         n_shards += 1
         name = f"{stem}-{n_shards:05d}.safetensors"
-        save_file(shard, folder / name)
+        _save(shard, folder / name)
         index.update(dict.fromkeys(shard, name))
         shard.clear()
 
@@ -137,6 +138,17 @@ def _write_tensors(
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
         (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
     return set(index)
+
+
+def _save(shard: dict[str, Tensor], path: Path) -> None:
+    """Write a file. Raises OSError: safetensors itself has an error of its own for a full disk."""
+    try:
+        save_file(shard, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def check_out(out: Path, overwrite: bool) -> None:

@@ -266,7 +266,7 @@ def test_an_existing_name_is_refused_or_replaced(prepared: Prepared, tmp_path: P
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="link exists"):
         make_bundle(tmp_path / "link", prepared)
-    with pytest.raises(UserError, match=r"cannot make .*partial: Not a directory: choose another place for bundle"):
+    with pytest.raises(UserError, match=r"--out .*/bundle cannot be written: Not a directory: choose another place"):
         make_bundle(home / "thesis.tex" / "bundle", prepared)
 
 
@@ -274,7 +274,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(prepared: Prepared, tmp_path: Pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file of 50 kB is cut in the middle
     try:
-        with pytest.raises(UserError, match=r"bundle is not written, and nothing is left of it: .*File too large"):
+        with pytest.raises(UserError, match=r"--out .*bundle cannot be written: File too large: raise the limit"):
             make_bundle(tmp_path / "bundle", prepared)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
