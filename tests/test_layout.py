@@ -20,7 +20,11 @@ FOLDERS = {
 """What each folder may import beside itself: modules of the top, and folders."""
 LEVELS = {
     "": [{"config"}, {"files", "dist"}],
-    "text": [{"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards"}, {"prepare"}],
+    "text": [
+        {"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards", "progress"},
+        {"ledger"},
+        {"prepare"},
+    ],
     "core": [
         {"axes", "batch", "bases", "device", "attention", "loss", "schedule", "segments", "rules"},
         {"resolve", "rope", "optim"},
@@ -54,7 +58,8 @@ OWNERS = {
     "flash_attn": {"core.attention"},
     "deepspeed": {"run.engine"},
     "safetensors": {"bundle.bundle", "run.checkpoint", "run.replay"},
-    "rich": {"run.metrics"},
+    "rich": {"run.metrics", "text.progress"},
+    "charset_normalizer": {"text.ledger"},
     "transformers": set(),
 }
 

@@ -2,21 +2,22 @@
 """Turn text into the folder of token rows that training reads; megakexue/text/prepare.py says how."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from megakexue.config import run_program
-from megakexue.text.inputs import REASONS
-from megakexue.text.prepare import PrepareArguments, Progress, prepare
+from megakexue.text.ledger import report
+from megakexue.text.prepare import PrepareArguments, prepare
+from megakexue.text.progress import ProgressDisplay
 
 EPILOG = """
-INPUT is a file, a folder (all its files, but hidden ones) or a quoted glob. Each of these is one document:
-  a text file (Markdown, source code, anything in UTF-8), also .gz or .zst;
-  a line of a .jsonl file, also .gz or .zst: the string under --text-key;
+INPUT is a file, a folder (all its files, but hidden ones; links are followed) or a quoted glob. Each is one document:
+  a text file (Markdown, source code, anything in UTF-8), also .gz, .zst, .bz2 or .xz;
+  a line of a .jsonl or .ndjson file, also packed: the string under --text-key;
   a row of a .parquet file: the string in the column --text-key.
-Documents with the same bytes are kept once. What cannot be used is counted and listed in manifest.json.
+Documents with the same bytes are kept once. What cannot be used is counted, and listed in skipped.tsv. One bad record
+costs that record. Of a packed file that is damaged, the lines before the damage are kept.
 
 example, a tokenizer and data for a first run:
   tools/train_tokenizer.py notes/ 'wiki/*.jsonl.gz' --vocab-size 16384 --out data/tokenizer.model
@@ -57,41 +58,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class ProgressDisplay:
-    """Shows a bar on a terminal, and writes a line every ten seconds to anything else, such as a log."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.bar = None
-        if sys.stderr.isatty():
-            # imported here, because every worker imports this file
-            from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-            self.bar = Bar(*columns, console=Console(stderr=True))
-            self.bar.start()
-            self.task = self.bar.add_task("")
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter()
-        text = (
-            f"{progress.documents / (now - self.start):,.0f} documents/s, "
-            f"{progress.tokens / (now - self.start):,.0f} tokens/s"
-        )
-        if self.bar:
-            self.bar.update(self.task, completed=progress.bytes_done, total=progress.bytes_total, description=text)
-        elif now - self.last >= 10:
-            self.last = now
-            share = progress.bytes_done / max(progress.bytes_total, 1)
-            print(f"{share:.1%} of {progress.bytes_total / 1e6:,.0f} MB, {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-
-
 def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
     """Return the lines that say what was written, dropped and skipped."""
     lines = []
@@ -102,13 +68,9 @@ def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
             f"{split['rows']:,} rows of {manifest['seq_len']} + 1"
             + ("" if entropy is None else f", unigram entropy {entropy:.4f} nats")
         )
-    for name, source in manifest["sources"].items():
-        lines.append(
-            f"{name}: {source['documents']:,} documents kept, {source['duplicates']:,} duplicates dropped, "
-            f"{sum(source['skipped'].values()):,} skipped"
-        )
-    for reason, entry in manifest["skipped"].items():
-        lines.append(f"skipped, {REASONS[reason]}: {entry['count']:,}, such as {entry['paths'][0]}")
+    lines += report(manifest)
+    if manifest["skipped"]:
+        lines.append(f"all that was skipped is listed in {out}/skipped.tsv")
     if manifest["splits"]["valid"]["documents"] == 0 and manifest["valid_fraction"] > 0:
         lines.append("warning: no document fell into the valid split; raise --valid-fraction")
     lines.append(f"padding {manifest['padding_share']:.2%}; written to {out} in {seconds:.0f} s")
@@ -125,8 +87,7 @@ def main() -> None:
         copies=options.copies,
         text_key=options.text_key,
     )
-    progress = ProgressDisplay()
-    try:
+    with ProgressDisplay() as progress:
         manifest = prepare(
             options.inputs,
             options.tokenizer,
@@ -136,8 +97,6 @@ def main() -> None:
             overwrite=options.overwrite,
             on_progress=progress,
         )
-    finally:
-        progress.close()
     print(summary(manifest, options.out, time.perf_counter() - progress.start))
 
 

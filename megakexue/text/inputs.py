@@ -1,44 +1,68 @@
 """Turn the files that people have into documents: find them, cut them into blocks, read a block.
 
-A document is a text file, a line of a .jsonl file or a row of a Parquet file. Text and lines may be packed as .gz or
-.zst.
+A document is a text file, a line of a .jsonl (or .ndjson) file or a row of a Parquet file. Text and lines may be packed
+as .gz, .zst, .bz2 or .xz.
 
 What must stay true:
 - The borders of the blocks depend on the files alone, so the order of documents does not depend on who reads a block.
 - Whoever cuts the files does not read them: a block only names a place. The exception is what can be read from its
   beginning only (packed lines, Parquet). It is unpacked block by block into small files in a spool folder.
-- What is not a usable document is never dropped in silence: it comes with a reason, one of `REASONS`.
+- What is not a usable document is never dropped in silence: it comes with a reason, one of `REASONS`. One bad record
+  costs that record. Where packed data is damaged, the lines before the place where its unpacker notices it are kept; a
+  damaged text file is not.
 """
 
-import contextlib
+import bz2
+import codecs
+import fnmatch
 import glob
-import gzip
 import importlib.util
 import io
 import itertools
 import json
+import lzma
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megakexue.config import UserError, require
 
 BLOCK_BYTES = 1 << 20
 """Text in a block. Smaller blocks cost more messages; larger ones cost memory, and leave workers idle at the end."""
 MAX_DOCUMENT_BYTES = 1 << 27
-"""Longer documents are skipped: with them a process would need more than the promised 1 GiB of memory."""
+"""Longer documents and lines are skipped: with them a process would need more than the promised 1 GiB of memory."""
+PACKED_BYTES = 1 << 13
+"""Packed bytes that are unpacked at a time: even data made to explode stays within the memory."""
 
 REASONS = {
     "empty": "nothing but white space",
     "binary": "contains a NUL byte",
     "not_utf8": "not valid UTF-8",
     "bad_json": "a line that is no JSON",
-    "no_text": "a line or row without a string under the text key",
+    "no_text": "a line or row without a string under the text key (--text-key)",
     "too_large": f"above {MAX_DOCUMENT_BYTES >> 20} MiB",
-    "unreadable": "cannot be read, or damaged from some point on",
+    "unreadable": "cannot be read",
+    "damaged": "damaged or cut short: the lines before this one are kept, a text file is not",
+    "trailing": "other bytes after the packed data, whose text is kept",
+    "not_a_file": "a pipe, socket or device",
+    "hidden": "hidden: its name begins with a dot",
+    "read_already": "a link to a folder that is read already",
 }
+
+
+class Found(NamedTuple):
+    """Something that lies where the user pointed."""
+
+    source: int
+    """Index of the input that the user named."""
+    path: str
+    size: int
+    """Bytes on disk."""
+    fault: str | None
+    """One of `REASONS`: why it cannot be a file of documents."""
 
 
 class Block(NamedTuple):
@@ -56,8 +80,8 @@ class Block(NamedTuple):
     """The packed file that this block of lines was unpacked from. Whoever reads the block deletes the unpacked file."""
     first: bool = False
     """The block is the first of its file: line numbers start again."""
-    damaged: bool = False
-    """There is nothing to read: the file cannot be read at all, or no further."""
+    fault: str | None = None
+    """There is nothing to read, for this reason. With a span: from this line of the file on."""
 
     @property
     def path(self) -> str:
@@ -65,116 +89,326 @@ class Block(NamedTuple):
         return self.spooled_from or self.paths[0]
 
 
+class Damaged(Exception):
+    """The packed data ends here, for the reason of `REASONS` that is the argument."""
+
+
+# --- finding files ---------------------------------------------------------------------------------------------------
+
+
 def suffixes(path: str) -> tuple[str, str]:
-    """Return the kind of a file name (.jsonl, .parquet or another) and its compression (.gz, .zst or "")."""
+    """Return the kind of a file name (.jsonl, .parquet or another) and its packing (such as .gz, or "")."""
     stem, last = os.path.splitext(path.lower())
-    packed = last if last in (".gz", ".zst") else ""
+    packed = last if last in PACKINGS else ""
     kind = os.path.splitext(stem)[1] if packed else last
     return ".jsonl" if kind == ".ndjson" else kind, packed
 
 
-def find_files(inputs: list[str]) -> Iterator[tuple[int, str]]:
-    """Yield (index of the input, path) of all files, in the order of the inputs and then of the names.
+def find_files(inputs: list[str], folders: set[tuple[int, int]] | None = None) -> Iterator[Found]:
+    """Yield what lies at the inputs, in their order and then by name; also what is no file of documents.
 
-    An input is a file, a folder or a glob. Hidden files and folders inside a folder are left out.
+    An input is a file, a folder or a glob. Links are followed; a folder is read once for each input, so that links in a
+    circle end. Hidden files and folders inside a folder are named, not read.
+
+    Args:
+        folders: is filled with the (device, inode) of all folders that are read.
 
     Raises:
-        UserError: there is no such file or folder and no file matches the glob, or a folder holds no file.
+        UserError: there is no such file or folder and no file matches the glob, a folder holds no file, or what the
+            user named is no file or may not be read.
     """
     for source, name in enumerate(inputs):
-        roots = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        require(bool(roots), f"{name}: no such file or folder, and no file matches it as a glob")
+        seen: set[tuple[int, int]] = set()
         found = False
-        for root in roots:
-            if not os.path.isdir(root):
-                found = True
-                yield source, root
-            for folder, folders, files in os.walk(root):
-                folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
-                for file in sorted(files):
-                    if not file.startswith("."):
-                        found = True
-                        yield source, os.path.join(folder, file)
+        for root in roots_of(name):
+            for path, fault in walk(root, seen) if os.path.isdir(root) else [(root, None)]:
+                found = found or fault != "hidden"
+                size, of_file = look_at(path) if fault is None else (0, fault)
+                yield Found(source, path, size, of_file)
         require(found, f"{name}: there is no file in it")
+        if folders is not None:
+            folders |= seen
 
 
-def size_of(path: str) -> int:
-    """Return the bytes of a regular file. Raises OSError for any other: to read a pipe might never end."""
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(f"{path} is not a regular file")
-    return info.st_size
+def roots_of(name: str) -> list[str]:
+    """Return the file or folder that an input names, or what matches it as a glob, sorted. Raises UserError."""
+    try:
+        mode = os.stat(name).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        parts = name.split(os.sep)
+        roots = sorted(set(matches("/" if name.startswith("/") else "", [part for part in parts if part])))
+        require(bool(roots), f"{name}: no such file or folder, and no file matches it as a glob")
+        return roots
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+    require(
+        stat.S_ISREG(mode) or stat.S_ISDIR(mode),
+        f"{name}: a pipe, socket or device has no size and cannot be read twice: write it to a file first",
+    )
+    try:
+        os.scandir(name).close() if stat.S_ISDIR(mode) else open(name, "rb").close()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}: ask its owner, or name other files") from error
+    return [name]
+
+
+def matches(folder: str, parts: list[str]) -> Iterator[str]:
+    """Yield the paths below `folder` that match the parts of a glob; `**` is any number of folders, without links.
+
+    glob.glob does the same, but it leaves out in silence what it cannot list.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    head, *rest = parts or [""]
+    path = os.path.join(folder, head)
+    if not head or (head == "**" and not rest):
+        yield folder or "."
+    elif not glob.has_magic(head):
+        if os.path.lexists(path):
+            yield from matches(path, rest)
+    else:
+        names = names_in(folder)
+        if head == "**":
+            yield from matches(folder, rest)
+            inner = (os.path.join(folder, name) for name in names if not name.startswith("."))
+            for path in inner:
+                if os.path.isdir(path) and not os.path.islink(path):
+                    yield from matches(path, parts)
+        else:
+            for name in fnmatch.filter(names, head):
+                path = os.path.join(folder, name)
+                is_meant = head.startswith(".") or not name.startswith(".")  # a star does not mean hidden ones
+                if is_meant and (not rest or os.path.isdir(path)):
+                    yield from matches(path, rest)
+
+
+def names_in(folder: str) -> list[str]:
+    """Return the names in a folder, sorted. Raises UserError."""
+    try:
+        return sorted(os.listdir(folder or "."))
+    except NotADirectoryError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed, and the glob goes through it: {error.strerror}") from error
+
+
+def walk(root: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, str | None]]:
+    """Yield (path, fault) of all files below a folder: of each folder the files by name, then its folders by name.
+
+    Args:
+        seen: (device, inode) of the folders that are read already; those of this walk are added.
+    """
+    stack = [root]
+    while stack:
+        folder = stack.pop()
+        try:
+            info = os.stat(folder)
+            if (info.st_dev, info.st_ino) in seen:
+                yield folder, "read_already"
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            names = sorted(os.listdir(folder))
+        except OSError:
+            yield folder, "unreadable"
+            continue
+        inner = []
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.basename(path).startswith("."):
+                yield path, "hidden"
+            elif os.path.isdir(path):
+                inner.append(path)
+            else:
+                yield path, None
+        stack += reversed(inner)
+
+
+def look_at(path: str) -> tuple[int, str | None]:
+    """Return the size of a regular file in bytes, or 0 and why it is none: to read a pipe might never end."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return 0, "unreadable"
+    return (info.st_size, None) if stat.S_ISREG(info.st_mode) else (0, "not_a_file")
+
+
+def check_inputs(inputs: list[str], text_key: str, out: Path) -> int:
+    """Check what can be checked before hours of reading. Return the bytes of all files.
+
+    Args:
+        out: the file or folder to be written, which must not lie in an input: the next run would read it.
+
+    Raises:
+        UserError: an input is missing, named twice or holds `out`; a package is missing; see `check_readable`.
+    """
+    require(bool(inputs), "no INPUT: name files, folders or globs")
+    paths = [os.path.realpath(name) for name in inputs]
+    twice = sorted(name for name, path in zip(inputs, paths) if paths.count(path) > 1)
+    require(not twice, f"an INPUT is named twice: {' '.join(twice)}")
+    folders: set[tuple[int, int]] = set()
+    n_bytes = 0
+    for found in find_files(inputs, folders):
+        n_bytes += found.size
+        if found.fault is None:
+            check_readable(found.path, text_key)
+            require(not is_same(found.path, out), f"--out {out} is INPUT {found.path}: choose another --out")
+    for parent in Path(os.path.realpath(out)).parents:
+        if parent.exists():
+            info = parent.stat()
+            inside = (info.st_dev, info.st_ino) in folders
+            require(not inside, f"--out {out} lies inside an INPUT, and the next run would read it: choose another")
+    return n_bytes
+
+
+def is_same(path: str, out: Path) -> bool:
+    return os.path.basename(path) == out.name and os.path.realpath(path) == os.path.realpath(out)
 
 
 def check_readable(path: str, text_key: str) -> None:
     """Check that the packages for this file are installed, and that a Parquet file has strings under `text_key`.
 
-    It is called for all files before the first is read, since reading may take hours.
-
     Raises:
-        UserError: a package is missing, or the Parquet file is packed, damaged or without such a column.
+        UserError: a package is missing, or the Parquet file is packed or without such a column.
     """
     kind, packed = suffixes(path)
     if packed == ".zst":
         require(importlib.util.find_spec("zstandard") is not None, f"{path}: to read it, pip install zstandard")
-    if kind == ".parquet":
-        require(importlib.util.find_spec("pyarrow") is not None, f"{path}: to read it, pip install pyarrow")
-        require(not packed, f"{path}: unpack it first; Parquet is compressed inside")
-        import pyarrow
-        import pyarrow.parquet
+    if kind != ".parquet":
+        return
+    require(importlib.util.find_spec("pyarrow") is not None, f"{path}: to read it, pip install pyarrow")
+    require(not packed, f"{path}: unpack it first; Parquet is compressed inside")
+    import pyarrow
+    import pyarrow.parquet
 
+    try:
+        with open(path, "rb") as file:  # pyarrow itself opens no name that is not UTF-8
+            schema = pyarrow.parquet.read_schema(file)
+    except (OSError, pyarrow.ArrowException):
+        return  # it will be listed as damaged
+    require(text_key in schema.names, f"{path}: no column {text_key!r} among {schema.names}: set --text-key")
+    column = schema.field(text_key).type
+    require(is_text(column), f"{path}: column {text_key!r} holds {column}, not strings: set --text-key")
+
+
+def is_text(column: Any) -> bool:
+    """Whether a pyarrow type holds strings: plain, large, as a view, in a dictionary, or with a name of its own."""
+    import pyarrow
+
+    if isinstance(column, pyarrow.BaseExtensionType):
+        return is_text(column.storage_type)
+    if pyarrow.types.is_dictionary(column):
+        return is_text(column.value_type)
+    kinds = pyarrow.types
+    return kinds.is_string(column) or kinds.is_large_string(column) or kinds.is_string_view(column)
+
+
+# --- unpacking -------------------------------------------------------------------------------------------------------
+
+
+def zstandard_frame() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+PACKINGS: dict[str, tuple[Callable[[], Any], tuple[bytes, ...]]] = {
+    ".gz": (lambda: zlib.decompressobj(wbits=31), (b"\x1f\x8b",)),
+    ".bz2": (bz2.BZ2Decompressor, (b"BZh",)),
+    ".xz": (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), (b"\xfd7zXZ\0",)),
+    ".zst": (zstandard_frame, (b"\x28\xb5\x2f\xfd", *(bytes([n, 0x2A, 0x4D, 0x18]) for n in range(0x50, 0x60)))),
+}
+"""By file ending: what unpacks one member (a frame, a stream), and the bytes that a member begins with. A file may hold
+several members, and the four unpackers share the attributes `eof` and `unused_data`."""
+
+
+class Unpacked(io.RawIOBase):
+    """The unpacked bytes of a file. Where it is damaged they end, and `fault` says so."""
+
+    def __init__(self, raw: io.BufferedReader, packed: str) -> None:
+        self.fault: str | None = None
+        self._raw = raw
+        self._new, self._magic = PACKINGS[packed]
+        self._member: Any = None
+        self._head = b""
+        """The first bytes of the member."""
+        self._n_members = 0  # that are whole
+        self._packed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self.fault:
+            if not self._packed:
+                self._packed = self._raw.read(PACKED_BYTES)
+            if not self._packed:
+                is_whole = self._member is None and self._n_members > 0
+                self.fault = None if is_whole else self._reason()
+                break
+            self._unpack()
+        n = min(len(buffer), len(self._ready))
+        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        return n
+
+    def _unpack(self) -> None:
+        """Unpack what was read last, up to the end of the member."""
+        if self._member is None:
+            if self._n_members:  # gzip and xz allow zeros as padding
+                self._packed = self._packed.lstrip(b"\0")
+            if not self._packed:
+                return
+            self._member, self._head = self._new(), b""
+        self._head += self._packed[: max(0, 16 - len(self._head))]
         try:
-            schema = pyarrow.parquet.read_schema(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: not a readable Parquet file: {error}") from error
-        require(text_key in schema.names, f"{path}: no column {text_key!r} among {schema.names}: set --text-key")
-        column = schema.field(text_key).type
-        text = pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)
-        require(text, f"{path}: column {text_key!r} holds {column}, not strings: set --text-key")
+            self._ready = memoryview(self._member.decompress(self._packed))
+        except Exception:  # the unpackers have no common error
+            self.fault = self._reason()
+            return
+        self._packed = b""
+        if self._member.eof:
+            self._packed = self._member.unused_data
+            self._member, self._n_members = None, self._n_members + 1
+
+    def _reason(self) -> str:
+        """What it means that the packed bytes cannot go on."""
+        return "trailing" if self._n_members and not self._head.startswith(self._magic) else "damaged"
 
 
-@contextlib.contextmanager
-def open_unpacked(path: str) -> Iterator[tuple[io.BufferedIOBase, Callable[[], int]]]:
-    """Open a file and unpack it on the way. The function beside it returns how many packed bytes are read so far."""
+def open_unpacked(path: str, raw: io.BufferedReader) -> tuple[io.BufferedReader, Callable[[], str | None]]:
+    """Return the text of an open file, and a function that says at its end why it is not all: one of `REASONS`."""
     packed = suffixes(path)[1]
-    with open(path, "rb") as raw:
-        if packed == ".gz":
-            yield gzip.GzipFile(fileobj=raw), raw.tell
-        elif packed == ".zst":
-            import zstandard
-
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-            yield io.BufferedReader(reader), raw.tell
-        else:
-            yield raw, raw.tell
+    if not packed:
+        return raw, lambda: None
+    unpacked = Unpacked(raw, packed)
+    return io.BufferedReader(unpacked, 1 << 16), lambda: unpacked.fault
 
 
-def cut_into_blocks(files: Iterable[tuple[int, str]], spool: Path, text_key: str) -> Iterator[Block]:
-    """Cut the files, pairs as `find_files` yields them, into blocks of about `BLOCK_BYTES`.
+# --- cutting into blocks ---------------------------------------------------------------------------------------------
+
+
+def cut_into_blocks(files: Iterable[Found], spool: Path, text_key: str) -> Iterator[Block]:
+    """Cut the files into blocks of about `BLOCK_BYTES`.
 
     Packed lines and Parquet are unpacked here, a block at a time, into small files in the folder `spool`.
-
-    Raises:
-        UserError: a line is longer than a document may be.
     """
     spool_files = (spool / str(number) for number in itertools.count())
     whole, n_chars = Block(0, [], 0), 0  # a block of whole files, still growing; the characters of their names
-    for source, path in files:
+    for source, path, size, fault in files:
         kind, packed = suffixes(path)
         is_document = kind not in (".jsonl", ".parquet")
-        try:
-            size, damaged = size_of(path), False
-            if not is_document:
+        if fault is None and not is_document:
+            try:
                 open(path, "rb").close()
-        except OSError:
-            size, damaged = 0, True
+            except OSError:
+                fault, size = "unreadable", 0
         # The names are bounded too: a block that does not fit the pipe could only be sent to an idle worker.
-        goes_on = is_document and not damaged and source == whole.source
+        goes_on = is_document and fault is None and source == whole.source
         if whole.paths and not (goes_on and whole.size + size <= BLOCK_BYTES and n_chars <= 8192):
             yield whole
             whole, n_chars = Block(source, [], 0), 0
-        if damaged:
-            yield Block(source, [path], 0, damaged=True)
+        if fault is not None:
+            yield Block(source, [path], 0, fault=fault)
         elif is_document:
             whole = Block(source, [*whole.paths, path], whole.size + size)
             n_chars += len(path)
@@ -188,10 +422,13 @@ def cut_into_blocks(files: Iterable[tuple[int, str]], spool: Path, text_key: str
         yield whole
 
 
-def rest_of_line(file: io.BufferedIOBase, path: str) -> bytes:
-    """Read to the end of the line. Raises UserError for a line that is longer than a document may be."""
-    tail = file.readline(MAX_DOCUMENT_BYTES)
-    require(len(tail) < MAX_DOCUMENT_BYTES, f"{path}: a line is above {MAX_DOCUMENT_BYTES >> 20} MiB: shorten it")
+def rest_of_line(file: io.BufferedReader) -> bytes:
+    """Read to the end of the line; return so much of a line that is too long that it is seen to be."""
+    tail = file.readline(MAX_DOCUMENT_BYTES + 1)
+    if len(tail) > MAX_DOCUMENT_BYTES and not tail.endswith(b"\n"):
+        while (piece := file.readline(BLOCK_BYTES)) and not piece.endswith(b"\n"):
+            pass
+        tail += piece[-1:]
     return tail
 
 
@@ -201,31 +438,55 @@ def line_spans(source: int, path: str, size: int) -> Iterator[Block]:
     with open(path, "rb") as file:
         while start < size:
             file.seek(start + BLOCK_BYTES)
-            stop = min(start + BLOCK_BYTES + len(rest_of_line(file, path)), size)
+            rest_of_line(file)
+            stop = min(file.tell(), size)
             yield Block(source, [path], stop - start, span=(start, stop), first=start == 0)
             start = stop
 
 
 def packed_lines(path: str) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole lines of a packed file, each with the packed bytes that were read for it."""
-    with open_unpacked(path) as (file, position):
+    """Yield blocks of whole lines of a packed file, each with the packed bytes that were read for it.
+
+    Raises:
+        Damaged: after the last whole line.
+    """
+    with open(path, "rb") as raw:
+        file, fault = open_unpacked(path, raw)
         done = 0
         while lines := file.read(BLOCK_BYTES):
-            lines += rest_of_line(file, path)
-            yield lines, position() - done
-            done = position()
+            lines += rest_of_line(file)
+            if fault() == "damaged":
+                lines = lines[: lines.rfind(b"\n") + 1]  # a line that was cut is part of the damage
+            if lines:
+                yield lines, raw.tell() - done
+            done = raw.tell()
+        if reason := fault():
+            raise Damaged(reason)
 
 
 def parquet_lines(path: str, size: int, text_key: str) -> Iterator[tuple[bytes, int]]:
     """Yield the rows as lines of JSON, so that there is one form to read; each batch with its share of the file."""
+    import pyarrow
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    def line(text: bytes | None) -> bytes:
+        try:
+            value = None if text is None else text.decode()
+        except UnicodeDecodeError:
+            return b"\xff"  # read_line will say so
+        return json.dumps({text_key: value}, ensure_ascii=False).encode()
+
+    with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         n_rows = max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
-            texts = batch.column(0).to_pylist()
-            lines = [json.dumps({text_key: text}, ensure_ascii=False).encode() for text in texts]
-            yield b"\n".join(lines) + b"\n", size * len(texts) // n_rows
+            column = batch.column(0)
+            if isinstance(column, pyarrow.ExtensionArray):
+                column = column.storage
+            if isinstance(column, pyarrow.DictionaryArray):
+                column = column.dictionary_decode()
+            # as bytes, since one text that is no UTF-8 would otherwise cost the whole batch
+            texts = column.cast(pyarrow.large_binary()).to_pylist()
+            yield b"".join(line(text) + b"\n" for text in texts), size * len(texts) // n_rows
 
 
 def spool_blocks(source: int, path: str, parts: Iterator[tuple[bytes, int]], spool: Iterator[Path]) -> Iterator[Block]:
@@ -237,10 +498,9 @@ def spool_blocks(source: int, path: str, parts: Iterator[tuple[bytes, int]], spo
     while True:
         try:
             lines, size = next(parts, (b"", 0))
-        except UserError:
-            raise
-        except Exception:  # gzip, zlib, zstandard and pyarrow have no common error
-            yield Block(source, [path], 0, damaged=True)
+        except Exception as error:  # pyarrow's and the system's have no common class
+            reason = error.args[0] if isinstance(error, Damaged) else "damaged"
+            yield Block(source, [path], 0, span=None if first else (0, 0), fault=reason)
             return
         if not lines:
             return
@@ -250,74 +510,103 @@ def spool_blocks(source: int, path: str, parts: Iterator[tuple[bytes, int]], spo
         first = False
 
 
+# --- reading a block -------------------------------------------------------------------------------------------------
+
+
 def flaw(text: bytes) -> str | None:
     """Return the reason to skip a document, or None. The callers check that it is UTF-8."""
     if len(text) > MAX_DOCUMENT_BYTES:
         return "too_large"
     if not text or text.isspace():
         return "empty"
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "not_utf8"
     return "binary" if b"\0" in text else None
 
 
-def read_file(path: str) -> tuple[bytes, str | None]:
-    """Return the unpacked text of a file, and None or the reason to skip it."""
+def read_file(path: str) -> tuple[bytes | None, str | None]:
+    """Return the unpacked text of a file, and what is wrong. Text is None if it is skipped for that."""
     try:
-        size_of(path)
-        with open_unpacked(path) as (file, _):
+        if (fault := look_at(path)[1]) is not None:
+            return None, fault
+        with open(path, "rb") as raw:
+            file, fault_of = open_unpacked(path, raw)
             text = file.read(MAX_DOCUMENT_BYTES + 1)
-    except Exception:  # the decompressors have no common error
-        return b"", "unreadable"
-    reason = flaw(text)
+            damage = fault_of()
+    except OSError:
+        return None, "unreadable"
+    reason = "damaged" if damage == "damaged" and len(text) <= MAX_DOCUMENT_BYTES else flaw(text)
     try:
         if not reason:
             text.decode()
     except UnicodeDecodeError:
         reason = "not_utf8"
-    return text, reason
+    return (None, reason) if reason else (text.removeprefix(codecs.BOM_UTF8), damage)
 
 
-def read_line(line: bytes, text_key: str) -> tuple[bytes, str | None]:
-    """Return the text under `text_key` of a line of JSON, and None or the reason to skip it."""
+def read_line(line: bytes, text_key: str) -> tuple[bytes | None, str | None]:
+    """Return the text under `text_key` of a line of JSON, or None and the reason to skip it."""
+    if len(line) > MAX_DOCUMENT_BYTES:
+        return None, "too_large"
     if not line or line.isspace():
-        return b"", "empty"
+        return None, "empty"
     try:
         record = json.loads(line.decode())
         text = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            return b"", "no_text"
+            return None, "no_text"
         encoded = text.encode()
     except UnicodeError:  # a lone surrogate, such as "\ud800", is valid JSON but not text
-        return b"", "not_utf8"
+        return None, "not_utf8"
     except (ValueError, RecursionError):
-        return b"", "bad_json"
-    return encoded, flaw(encoded)
+        return None, "bad_json"
+    reason = flaw(encoded)
+    return (None, reason) if reason else (encoded, None)
+
+
+def lines_of(file: io.BufferedReader, n_bytes: int) -> Iterator[bytes]:
+    """Yield the lines of the next `n_bytes`, without their ends; of a line that is too long, only its beginning."""
+    stop = file.tell() + n_bytes
+    while file.tell() < stop and (line := rest_of_line(file)):
+        yield line.removesuffix(b"\n")
 
 
 def read_block(block: Block, text_key: str) -> tuple[list[bytes], list[tuple[str, int]]]:
     """Read a block. Lines that were unpacked for it are deleted.
 
     Returns:
-        The documents, and for each path or line that is skipped, the reason and its index in the block.
+        The documents, and for each path or line with a fault, the reason and its index in the block.
+
+    Raises:
+        UserError: lines that were there when the block was cut cannot be read any more.
     """
-    entries: Iterable[tuple[bytes, str | None]]
-    if block.damaged:
-        entries = [(b"", "unreadable")]
+    entries: Iterable[tuple[bytes | None, str | None]]
+    if block.fault is not None:
+        entries = [(None, block.fault)]
     elif block.span is None:
         entries = map(read_file, block.paths)
     else:
-        start, stop = block.span
-        with open(block.paths[0], "rb") as file:
-            file.seek(start)
-            lines = file.read(stop - start).split(b"\n")
-        if not lines[-1]:
-            lines.pop()  # what follows the last newline is not a line
-        if block.spooled_from:
-            os.unlink(block.paths[0])
-        entries = (read_line(line, text_key) for line in lines)
-    documents, skipped = [], []
+        entries = (read_line(line, text_key) for line in read_lines(block, block.span))
+    documents, faults = [], []
     for index, (text, reason) in enumerate(entries):
         if reason:
-            skipped.append((reason, index))
-        else:
+            faults.append((reason, index))
+        if text is not None:
             documents.append(text)
-    return documents, skipped
+    return documents, faults
+
+
+def read_lines(block: Block, span: tuple[int, int]) -> list[bytes]:
+    """Return the lines of a block, the byte order mark of a file left out. Raises UserError: they are gone."""
+    start, stop = span
+    try:
+        with open(block.paths[0], "rb") as file:
+            file.seek(start)
+            lines = list(lines_of(file, stop - start))
+    except OSError as error:
+        raise UserError(f"{block.path}: cannot be read any more: {error.strerror}: start again") from error
+    if block.first and lines:
+        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+    if block.spooled_from:
+        os.unlink(block.paths[0])
+    return lines

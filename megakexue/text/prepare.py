@@ -15,7 +15,6 @@ Who does what: the parent process cuts the inputs into blocks, drops duplicates 
 hash a block, and tokenise the documents in it that the parent keeps. Neither imports torch.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -27,15 +26,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
 
 from megakexue.config import UserError, require
 from megakexue.files import new_folder, seal
-from megakexue.text.duplicates import DigestSet, digests_of, in_valid
-from megakexue.text.inputs import REASONS, Block, check_readable, cut_into_blocks, find_files, read_block, size_of
+from megakexue.text.duplicates import in_valid
+from megakexue.text.inputs import Block, check_inputs, cut_into_blocks, find_files, read_block
+from megakexue.text.ledger import Contents, Ledger
 from megakexue.text.pack import BestFit, Concat, row_dtype
+from megakexue.text.progress import Progress
 from megakexue.text.shards import ShardWriter
 from megakexue.text.tokenizer import Tokenizer, set_sample_seed
 
@@ -43,8 +44,6 @@ FORMAT = 1
 PIECE_BYTES = 1 << 22
 """A longer document is tokenised in pieces of this size, to bound the memory: a character may take 4 bytes, and so may
 a token."""
-MAX_LISTED = 200
-"""Paths in the manifest for each reason to skip."""
 LOOKAHEAD = 3
 """Blocks that a worker holds: one being tokenised, one judged, one read."""
 
@@ -74,14 +73,6 @@ class PrepareArguments:
         require(copies == 1 or alpha is not None, repeated)
 
 
-class Progress(NamedTuple):
-    bytes_done: int
-    bytes_total: int
-    """Of input, as it lies on disk."""
-    documents: int
-    tokens: int
-
-
 def prepare(
     inputs: list[str], tokenizer_path: str | Path, out: str | Path, args: PrepareArguments, *,
     processes: int | None = None, overwrite: bool = False,
@@ -103,18 +94,20 @@ def prepare(
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
         (folder / "spool").mkdir()
         blocks = cut_into_blocks(find_files(inputs), folder / "spool", args.text_key)
-        ledger = Ledger(inputs, args.valid_fraction)
-        splits = {name: Split(folder / name, args, tokenizer) for name in ledger.splits}
-        with Workers(processes, folder / "tokenizer.model", args) as workers:
-            for block, tokens in tokenise_in_order(blocks, workers, ledger.judge):
-                for split, documents in zip(splits.values(), tokens):
-                    split.add(documents)
-                ledger.add_packed(block, tokens)
-                on_progress(Progress(ledger.bytes_done, bytes_total, ledger.total("documents"), ledger.total("tokens")))
+        with open(folder / "skipped.tsv", "w", encoding="utf-8") as list_file:
+            ledger = SplitLedger(inputs, list_file, args.valid_fraction)
+            splits = {name: Split(folder / name, args, tokenizer) for name in ledger.splits}
+            with Workers(processes, folder / "tokenizer.model", args) as workers:
+                for block, tokens in tokenise_in_order(blocks, workers, ledger.judge):
+                    for split, documents in zip(splits.values(), tokens):
+                        split.add(documents)
+                    ledger.add_packed(block, tokens)
+                    so_far = ledger.bytes_done, bytes_total, ledger.total("documents"), ledger.total("tokens")
+                    on_progress(Progress(*so_far))
         shutil.rmtree(folder / "spool")
-        reasons = ", ".join(f"{entry['count']} {REASONS[reason]}" for reason, entry in ledger.skipped.items())
         n_training = ledger.splits["train"]["documents"]
-        require(n_training > 0, f"no training document in {' '.join(inputs)}; skipped: {reasons or 0}")
+        said = f"no training document in {' '.join(ledger.inputs)}; skipped: {ledger.reasons()}"
+        require(n_training > 0, said)
         entries = {name: split.finish(ledger.splits[name]) for name, split in splits.items()}
         manifest = make_manifest(tokenizer, args, entries, ledger)
         path = folder / "manifest.json"
@@ -130,25 +123,15 @@ def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArgum
         f"--sample-alpha {args.sample_alpha} needs a unigram tokenizer, and {tokenizer.path} is BPE: "
         "train a unigram one, or leave --sample-alpha out",
     )
-    require(bool(inputs), "no INPUT: name files, folders or globs")
-    require(len(set(inputs)) == len(inputs), f"an INPUT is named twice: {' '.join(inputs)}")
-    for name in inputs:
-        inside = overwrite and out.exists() and out.resolve().is_relative_to(Path(name).resolve())
-        require(not inside, f"--out {out} lies inside INPUT {name} and would be read: choose another --out")
-    bytes_total = 0
-    for _, path in find_files(inputs):
-        check_readable(path, args.text_key)
-        with contextlib.suppress(OSError):
-            bytes_total += size_of(path)
     if out.exists():
         require(overwrite, f"--out {out} exists: choose another, or add --overwrite")
         ours = out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
         require(ours, f"--out {out} was not written by prepare_data: --overwrite will not remove it")
-    return bytes_total
+    return check_inputs(inputs, args.text_key, out)
 
 
 def make_manifest(
-    tokenizer: Tokenizer, args: PrepareArguments, splits: dict[str, dict[str, Any]], ledger: "Ledger"
+    tokenizer: Tokenizer, args: PrepareArguments, splits: dict[str, dict[str, Any]], ledger: Ledger
 ) -> dict[str, Any]:
     """Return what manifest.json says; `splits` holds the entry of each split."""
     n_places = args.seq_len * sum(entry["rows"] for entry in splits.values())
@@ -156,48 +139,28 @@ def make_manifest(
         "format": FORMAT, "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
         "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id,
         "dtype": row_dtype(tokenizer.vocab_size).name,
-        "inputs": ledger.inputs,
         **dataclasses.asdict(args),
         "splits": splits,
         "padding_share": sum(entry["padding"] for entry in splits.values()) / n_places,
-        "sources": dict(zip(ledger.inputs, ledger.sources)),
-        "skipped": ledger.skipped,
+        **ledger.facts,
     }  # fmt: skip
 
 
-class Ledger:
-    """What became of every document: kept, duplicate or skipped. It counts by input and by split."""
+class SplitLedger(Ledger):
+    """The ledger, which also counts the tokens and the two splits."""
 
-    def __init__(self, inputs: list[str], valid_fraction: float) -> None:
-        self.inputs, self.valid_fraction = inputs, valid_fraction
-        self.sources: list[dict[str, Any]] = [
-            {"documents": 0, "tokens": 0, "bytes": 0, "duplicates": 0, "skipped": {}} for _ in inputs
-        ]
+    def __init__(self, inputs: list[str], list_file: IO[str], valid_fraction: float) -> None:
+        super().__init__(inputs, list_file)
+        self.valid_fraction = valid_fraction
+        for source in self.sources:
+            source["tokens"] = 0
         self.splits = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in ("train", "valid")}
-        self.skipped: dict[str, dict[str, Any]] = {}  # by reason, over all inputs
-        self.bytes_done = 0  # of input, as it lies on disk
-        self._seen = DigestSet()
-        self._n_lines = 0  # of the present file, in the blocks judged so far
 
-    def judge(self, block: Block, contents: "Contents") -> np.ndarray:
-        """Count what a worker read and return which of its documents are kept, bool. Blocks must come in order."""
-        source = self.sources[block.source]
-        if block.first:
-            self._n_lines = 0
-        for reason, index in contents.skipped:
-            source["skipped"][reason] = source["skipped"].get(reason, 0) + 1
-            entry = self.skipped.setdefault(reason, {"count": 0, "paths": []})
-            entry["count"] += 1
-            if entry["count"] <= MAX_LISTED:
-                line = f"{block.path}:{self._n_lines + index + 1}"
-                entry["paths"].append(line if block.span else block.paths[index])
-        self._n_lines += len(contents.skipped) + len(contents.sizes)
-        keep = self._seen.add(contents.digests)
+    def judge(self, block: Block, contents: Contents) -> np.ndarray:
+        keep = super().judge(block, contents)
         valid = in_valid(contents.digests, self.valid_fraction)
-        source["duplicates"] += int((~keep).sum())
-        for counts, chosen in zip((source, *self.splits.values()), (keep, keep & ~valid, keep & valid)):
-            counts["documents"] += int(chosen.sum())
-            counts["bytes"] += int(contents.sizes[chosen].sum())
+        for counts, chosen in zip(self.splits.values(), (keep & ~valid, keep & valid)):
+            self._count(counts, contents, chosen)
         return keep
 
     def add_packed(self, block: Block, tokens: list[np.ndarray]) -> None:
@@ -206,9 +169,6 @@ class Ledger:
             counts["tokens"] += len(documents)
             self.sources[block.source]["tokens"] += len(documents)
         self.bytes_done += block.size
-
-    def total(self, key: str) -> int:
-        return sum(counts[key] for counts in self.splits.values())
 
 
 class Split:
@@ -256,17 +216,6 @@ class Split:
 
 
 # ------------------------------------------------------------------------------------------- many processes, one order
-
-
-class Contents(NamedTuple):
-    """What a worker tells of a block that it has read."""
-
-    digests: np.ndarray
-    """Of each document, uint64."""
-    sizes: np.ndarray
-    """Bytes of each document, int64."""
-    skipped: list[tuple[str, int]]
-    """(reason, index of the path or line in the block)."""
 
 
 def tokenise_in_order(
@@ -342,7 +291,7 @@ class Workers:
         """Wait for an answer and return (worker, number of the block, answer).
 
         Raises:
-            UserError: a worker has died.
+            UserError: a worker has died, or cannot read its block any more.
             RuntimeError: a worker has failed; the message is its traceback.
         """
         pipe = wait(self.pipes)[0]
@@ -351,6 +300,8 @@ class Workers:
             number, value = self.pipes[worker].recv()
         except (EOFError, ConnectionResetError):
             self._died(worker)
+        if isinstance(value, UserError):
+            raise value
         if number is None:
             raise RuntimeError(f"a worker failed {value}")
         return worker, number, value
@@ -375,10 +326,10 @@ def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> Non
             task, number, value = parent.recv()
             if task == "read":
                 where = value.path
-                documents, skipped = read_block(value, args.text_key)
-                digests, sizes = digests_of(documents), np.array([len(text) for text in documents], np.int64)
-                held[number] = documents, digests
-                parent.send((number, Contents(digests, sizes, skipped)))
+                documents, faults = read_block(value, args.text_key)
+                contents = Contents.of(documents, faults)
+                held[number] = documents, contents.digests
+                parent.send((number, contents))
             else:
                 documents, digests = held.pop(number)
                 keep = np.unpackbits(value, count=len(documents)).astype(bool)
@@ -387,6 +338,8 @@ def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> Non
                 parent.send((number, tokenise(kept, digests[keep], tokenizer, args)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
+    except UserError as error:
+        parent.send((None, error))
     except BaseException:
         parent.send((None, f"near {where}:\n{traceback.format_exc()}"))
 

@@ -1,7 +1,9 @@
 """What several tests of this folder use: text, files of it, and prepared rows read back by streaming's reader."""
 
+import bz2
 import gzip
 import json
+import lzma
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,10 @@ def write_lines(path: Path, texts: list[str], key: str = "text") -> None:
     match path.suffix:
         case ".gz":
             path.write_bytes(gzip.compress(lines))
+        case ".bz2":
+            path.write_bytes(bz2.compress(lines))
+        case ".xz":
+            path.write_bytes(lzma.compress(lines))
         case ".zst":
             path.write_bytes(pytest.importorskip("zstandard").compress(lines))
         case _:

@@ -37,7 +37,6 @@ TOOL = ROOT / "tools" / "prepare_data.py"
 
 def test_what_is_skipped_is_counted_and_listed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs_module, "BLOCK_BYTES", 200)  # line numbers go on from block to block
-    monkeypatch.setattr(module, "MAX_LISTED", 3)
     folder = tmp_path / "in"
     folder.mkdir()
     lines = []
@@ -67,19 +66,22 @@ def test_what_is_skipped_is_counted_and_listed(model: Path, tmp_path: Path, monk
         "binary": 31,
         "not_utf8": 61,
         "empty": 62,
-        "unreadable": 4,
+        "damaged": 2,
+        "unreadable": 1,
+        "not_a_file": 1,
         "bad_json": 61,
         "no_text": 90,
     }
     assert manifests[0]["sources"][str(folder)]["skipped"] == counts
     at = lambda name, *numbers: [f"{folder}/{name}:{number}" for number in numbers]  # noqa: E731
-    assert skipped["bad_json"]["paths"] == at("lines.jsonl", 2, 11, 13)
-    assert skipped["no_text"]["paths"] == at("lines.jsonl", 3, 4, 5)
-    assert skipped["binary"]["paths"] == [f"{folder}/binary", *at("lines.jsonl", 8, 19)]
-    assert skipped["not_utf8"]["paths"] == [f"{folder}/latin1.txt", *at("lines.jsonl", 9, 10)]
-    assert skipped["unreadable"]["paths"] == [
-        f"{folder}/{name}" for name in ("damaged.txt.gz", "gone.txt", "pipe.jsonl")
-    ]
+    assert skipped["bad_json"]["paths"] == at("lines.jsonl", 2, 11, 13, 22, 24)
+    assert skipped["no_text"]["paths"] == at("lines.jsonl", 3, 4, 5, 14, 15)
+    assert skipped["binary"]["paths"] == [f"{folder}/binary", *at("lines.jsonl", 8, 19, 30, 41)]
+    assert skipped["not_utf8"]["paths"] == [f"{folder}/latin1.txt", *at("lines.jsonl", 9, 10, 20, 21)]
+    assert skipped["unreadable"]["paths"] == [f"{folder}/gone.txt"]
+    assert skipped["not_a_file"]["paths"] == [f"{folder}/pipe.jsonl"]
+    n_torn = len(documents_in(tmp_path / "out1")) - 31
+    assert skipped["damaged"]["paths"] == [f"{folder}/damaged.txt.gz", *at("torn.jsonl.gz", n_torn + 1)]
     documents = documents_in(tmp_path / "out1")
     assert documents[:31] == [f"good {i}" for i in range(30)] + ["line 1"]
     assert 0 < len(documents[31:]) < 50 and documents[31:] == texts[: len(documents) - 31]
@@ -242,12 +244,14 @@ def test_the_manifest_counts_what_the_rows_hold(packing: str, model: Path, corpu
 
 def test_progress_reaches_the_end(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs_module, "BLOCK_BYTES", 2000)
-    write_lines(tmp_path / "a.jsonl.gz", [f"{i} {text}" for i in range(50) for text in TEXTS])
-    (tmp_path / "b.txt").write_text("b")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl.gz", [f"{i} {text}" for i in range(50) for text in TEXTS])
+    (folder / "b.txt").write_text("b")
     seen: list[Progress] = []
-    manifest = prepare([str(tmp_path)], model, tmp_path / "out", arguments(), processes=2, on_progress=seen.append)
+    manifest = prepare([str(folder)], model, tmp_path / "out", arguments(), processes=2, on_progress=seen.append)
     assert len(seen) > 10 and seen == sorted(seen)
-    total = sum(path.stat().st_size for path in tmp_path.iterdir() if path.is_file())
+    total = sum(path.stat().st_size for path in folder.iterdir())
     assert seen[-1] == (total, total, 301, manifest["splits"]["train"]["tokens"])
 
 
@@ -274,7 +278,8 @@ def test_kill_9_leaves_nothing_to_trust(model: Path, tmp_path: Path) -> None:
         time.sleep(0.01)
     prepare([str(tmp_path / "a.jsonl.gz")], model, out, arguments(seq_len=64), processes=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.gz", "out"]
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "tokenizer.model", "train", "valid"]
+    names = ["manifest.json", "skipped.tsv", "tokenizer.model", "train", "valid"]
+    assert sorted(path.name for path in out.iterdir()) == names
     assert set(documents_in(out)) == set(texts)
 
 
@@ -302,10 +307,15 @@ def test_a_killed_worker_stops_the_run(model: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_failing_worker_says_where(model: Path, tmp_path: Path) -> None:
-    with Workers(1, model, arguments()) as workers:
-        workers.send(0, "read", 0, Block(0, [f"{tmp_path}/gone.jsonl"], 1, span=(0, 1)))
-        with pytest.raises(RuntimeError, match=r"a worker failed near .*gone.jsonl(.|\n)*FileNotFoundError"):
-            workers.receive()
+    (tmp_path / "a.jsonl").write_text("x")
+    for path, span, kind, message in [
+        (f"{tmp_path}/gone.jsonl", (0, 1), UserError, "gone.jsonl: cannot be read any more"),
+        (f"{tmp_path}/a.jsonl", ("a", "b"), RuntimeError, r"a worker failed near .*a.jsonl(.|\n)*TypeError"),
+    ]:
+        with Workers(1, model, arguments()) as workers:
+            workers.send(0, "read", 0, Block(0, [path], 1, span=cast(Any, span)))
+            with pytest.raises(kind, match=message):
+                workers.receive()
 
 
 def test_overwrite(model: Path, tmp_path: Path) -> None:
@@ -318,7 +328,7 @@ def test_overwrite(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no training document"):
         prepare(inputs, model, out, arguments(valid_fraction=1 - 1e-12), processes=1, overwrite=True)
     assert documents_in(out) == ["first"]  # a run that fails leaves the old one
-    with pytest.raises(UserError, match="lies inside INPUT"):
+    with pytest.raises(UserError, match="lies inside an INPUT"):
         prepare([str(tmp_path)], model, out, arguments(), overwrite=True)
     prepare(inputs, model, out, arguments(seq_len=4), processes=1, overwrite=True)
     assert documents_in(out) == ["second"]

@@ -57,10 +57,13 @@ def test_tool_reads_every_kind_of_file(corpus: Path, tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 500 and tokenizer.encode("<|a|>") == [4]
     assert facts["sha256"] == tokenizer.sha256
     assert facts["text_bytes"] == sum(len(text.encode()) for text in stdlib_texts(6))
-    assert (facts["n_files"], facts["n_skipped"]) == (6, 2)
-    assert f"{facts['bytes_per_token']:.3f} bytes per token" in said and "skipped 2 of 6 files" in said
+    counts = {reason: entry["count"] for reason, entry in facts["skipped"].items()}
+    assert counts == {"hidden": 1, "binary": 1, "not_utf8": 1, "empty": 2}
+    assert f"{facts['bytes_per_token']:.3f} bytes per token" in said
+    assert f"{corpus}: 6 documents kept, 0 duplicates dropped, 5 skipped" in said
+    assert f"binary\t{corpus}/binary\n" in (out.parent / "t.skipped.tsv").read_text()
     assert "trainer_interface" not in said  # sentencepiece's log
-    assert sorted(path.name for path in out.parent.iterdir()) == ["t.json", "t.model"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["t.json", "t.model", "t.skipped.tsv"]
 
     # the same text from other files, in another order, gives the same model
     everything = tmp_path / "all.jsonl"
@@ -80,17 +83,16 @@ def test_tool_errors(corpus: Path, tmp_path: Path) -> None:
         for (code, _, err), (_, message) in zip(results, cases, strict=True):
             assert code == 2 and message in err, err
 
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
     (tmp_path / "bad.gz").write_bytes(gzip.compress(b"text" * 100)[:-9])
     refused(
-        ([corpus, *size, "--out", out], "no string at 'text': name the field with --text-key"),
-        ([tmp_path / "no*", *size, "--out", out], "no such file, no match"),
+        ([corpus / "c.jsonl", *size, "--out", out], "skipped: 2 a line or row without a string under the text key"),
+        ([tmp_path / "no*", *size, "--out", out], "no such file or folder, and no file matches it"),
+        ([corpus, *size, "--out", corpus / "t.model"], "lies inside an INPUT, and the next run would read it"),
         ([corpus, *size, "--out", tmp_path / "t"], "must end in .model"),
-        ([tmp_path / "bad.jsonl", *size, "--out", out], "bad.jsonl:2: no JSON"),
-        ([tmp_path / "bad.gz", *size, "--out", out], "bad.gz: cannot read it"),
+        ([tmp_path / "bad.gz", *size, "--out", out], "skipped: 1 damaged or cut short"),
         ([corpus, *size], "required: --out"),
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gz", "bad.jsonl", "corpus"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gz", "corpus"]
 
     text = corpus / "deep/a.txt"
     out.write_bytes(b"old")
