@@ -15,6 +15,8 @@ means "off" or "chosen for you"; the docstring of the field says which.
 
 import dataclasses
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,14 +41,42 @@ class UserError(ValueError):
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run a program's `main` and turn a `UserError` into one line on stderr and exit code 2."""
+    """Run a program's `main`, and end it without a traceback where a user or his machine did something.
+
+    A `UserError` is one line on stderr and exit code 2, and so is a stdout that cannot be written. If the reader of
+    stdout has left, as in `| head`, the program ends in silence, with the exit code of SIGPIPE.
+    """
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            # None: it was closed before the start. And a failure of the program itself goes first
+            if sys.stdout and not isinstance(sys.exc_info()[1], Exception):
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError:
+        failure = _give_up_stdout()
+        if failure is None:
+            raise
+        if isinstance(failure, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        print(f"error: cannot write the output: {failure}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _give_up_stdout() -> OSError | None:
+    """Return why stdout cannot be written, and send what follows nowhere; None: it can be, and has an empty line."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        # Python flushes it once more when it ends, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
 
 
 def require(condition: bool, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from megakexue.core.describe import n_parameters
 from megakexue.core.resolve import resolve, resolve_optim
 from tests.conftest import Prepared
 from tests.helpers import ROOT
+from tests.programs import run_python
 from tests.reads import Reads
 
 TINY = ROOT / "configs" / "tiny_gqa.yaml"
@@ -410,3 +412,43 @@ def test_build_makes_a_section_from_plain_values() -> None:
     assert build(ModelConfig, values, where="here").head_width == 4
     with pytest.raises(UserError, match=r"here: .*d_fff"):
         build(ModelConfig, values | {"d_fff": 1}, where="here")
+
+
+PROGRAM = """
+import sys
+from megakexue.config import UserError, run_program
+
+def main():
+    for _ in range(int(sys.argv[2])):
+        print("x" * 50)
+    if sys.argv[1] == "mistake":
+        raise UserError("of the user")
+    if sys.argv[1] == "fault":
+        raise FileNotFoundError("of the program")
+    if sys.argv[1] == "help":
+        raise SystemExit(0)
+
+run_program(main)
+"""
+
+
+def test_output_that_nobody_reads_or_that_has_no_room() -> None:
+    reader, pipe = os.pipe()
+    os.close(reader)
+    full = "error: cannot write the output: [Errno 28] No space left on device\n"
+    with open("/dev/full", "wb") as disk:
+        # 3 lines stay in Python's buffer until the end, 10,000 do not
+        for kind, n_lines, stdout, code, message in [
+            ("well", 3, pipe, 128 + 13, ""),
+            ("well", 10_000, pipe, 128 + 13, ""),
+            ("help", 3, pipe, 128 + 13, ""),
+            ("well", 3, disk.fileno(), 2, full),
+            ("well", 10_000, disk.fileno(), 2, full),
+            ("mistake", 3, subprocess.DEVNULL, 2, "error: of the user\n"),
+        ]:
+            command = [sys.executable, "-c", PROGRAM, kind, str(n_lines)]
+            environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
+            assert (done.returncode, done.stderr) == (code, message), (kind, n_lines)
+    os.close(pipe)
+    assert run_python(PROGRAM, "fault", "3").stderr.endswith("FileNotFoundError: of the program\n")
