@@ -59,24 +59,20 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError:
-        failure = _give_up_stdout()
-        if failure is None:
-            raise
-        if isinstance(failure, BrokenPipeError):
-            sys.exit(128 + signal.SIGPIPE)
-        print(f"error: cannot write the output: {failure}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            print(flush=True)  # an empty line, if something else has failed
+        except OSError as failure:
+            mute_stdout()
+            if isinstance(failure, BrokenPipeError):
+                sys.exit(128 + signal.SIGPIPE)
+            print(f"error: cannot write the output: {failure}", file=sys.stderr)
+            sys.exit(2)
+        raise
 
 
-def _give_up_stdout() -> OSError | None:
-    """Return why stdout cannot be written, and send what follows nowhere; None: it can be, and has an empty line."""
-    try:
-        print(flush=True)
-    except OSError as error:
-        # Python flushes it once more when it ends, and would complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
+def mute_stdout() -> None:
+    """Let what is written to stdout go nowhere, what it still holds too: Python writes that when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def require(condition: bool, message: str) -> None:

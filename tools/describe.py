@@ -2,13 +2,16 @@
 """Say what a config is and costs before anything runs: sizes, scales, FLOPs, cache and model-state bytes."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from megakexue.config import UserError, load_config, require, run_program
+from megakexue.config import Config, UserError, load_config, require, run_program
+from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
-The lines are those that a run prints before its first step, with every setting resolved. Numbers come from formulas
-(megakexue/core/describe.py); nothing is allocated, and the data need not exist.
+The lines are those that a run prints before its first step. Numbers come from formulas (megakexue/core/describe.py),
+and nothing is allocated. It is also the check before a launch: a mistake that launch/train.py would find before it
+builds the model, in the config or in the data, is one line and exit code 2. What does not exist yet is a warning.
 
 examples:
   tools/describe.py configs/1b.yaml --ranks 64
@@ -27,25 +30,41 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_what_exists(config: Config) -> list[str]:
+    """Check the inputs of a launch that are there, and return the paths of those that are not.
+
+    Raises:
+        UserError: one is there, and the launch would refuse it.
+    """
+    sources = [source for source in config.data.sources if source.is_remote or Path(source.path).exists()]
+    missing = [source.path for source in config.data.sources if source not in sources]
+    if not Path(config.data.tokenizer).exists():
+        return [*missing, config.data.tokenizer]
+    if sources:
+        check_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources)))
+    return missing
+
+
 def main() -> None:
     args = parse_arguments()
     require(args.ranks > 0, f"--ranks {args.ranks} must be positive")
     config = load_config(args.config, args.overrides)
     config.train.n_micro_batches(args.ranks)
+    missing = check_what_exists(config)
 
     from megakexue.core.axes import axes, shape
-    from megakexue.core.describe import describe, parameter_counts
+    from megakexue.core.describe import describe, describe_heads, parameter_counts
     from megakexue.core.resolve import resolve_config
-    from megakexue.core.rope import base_notes
 
     try:
         resolved = resolve_config(config)
     except UserError as error:
         raise UserError(f"{args.config}: {error}") from error
     model = resolved.model
-    print(describe(resolved, args.ranks))
-    for note in base_notes(model):
-        print(note)
+    print(describe(config, resolved, args.ranks))
+    print(describe_heads(model))
+    if missing:
+        print(f"WARNING: a launch needs these, which do not exist yet: {', '.join(missing)}")
     if args.parameters:
         print("\nparameters: elements over all layers, shape, role, share of branch_gain in the initial gain")
         for name, n in parameter_counts(model).items():

@@ -332,7 +332,7 @@ class Case:
         """Go on with the stopped run, which must do so from the checkpoint of `step`."""
         with self.launch("resumed", "stopped", "resumed.log", moved=bool(self.args.moved_to)):
             pass
-        resumed = re.search(r"resumed from \S*step_(\d+)", (self.folder / "resumed.log").read_text(encoding="utf-8"))
+        resumed = re.search(r"resumed from\s+\S*step_(\d+)", (self.folder / "resumed.log").read_text(encoding="utf-8"))
         require(resumed is not None and int(resumed[1]) == step, f"it did not resume at step {step}: see {self.folder}")
 
     def cause(self) -> str:

@@ -12,12 +12,18 @@ What must stay true: `n_parameters` equals the module's sum, and FLOPs equal tor
 """
 
 import math
-from dataclasses import is_dataclass
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
+from unicodedata import east_asian_width
 
-from megakexue.config import Config, ModelConfig, ResolvedConfig
+from megakexue.config import Config, ModelConfig, ResolvedConfig, ResolvedModel
 from megakexue.core.axes import AXES, axes, entries, parameter_names, shape
 from megakexue.core.optim import state_dtypes
+from megakexue.core.rope import base_notes
+
+COLUMNS, LINES, INDENT = 80, 20, 12
+"""Of the first screen: it fits a terminal of 80 x 24, with room for the first steps; labels are in the indent."""
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -39,6 +45,12 @@ def flops_per_token(config: ModelConfig, n_keys: float) -> float:
     in_products += config.vocab_size * config.d_model
     attention = 2 * config.n_layers * config.n_heads * (config.head_width + config.value_width) * n_keys
     return 6 * in_products + 3 * attention
+
+
+def product_shapes(config: ModelConfig, n_rows: int) -> list[tuple[int, int, int]]:
+    """Return (rows, inputs, outputs) of some of the step's matrix products, for `n_rows` tokens at a time."""
+    d, width = config.d_model, config.n_heads * config.head_width
+    return [(n_rows, d, width), (n_rows, d, config.d_ff), (n_rows, config.d_ff, d), (n_rows, d, config.vocab_size)]
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> dict[str, int]:
@@ -88,42 +100,110 @@ def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
     }
 
 
-def settings(section: Any) -> str:
-    """Return all fields of a section on one line; the fields of a section inside it are in braces."""
-    return " ".join(
-        f"{name}={{{settings(value)}}}" if is_dataclass(value) else f"{name}={value}"
-        for name, value in vars(section).items()
-    )
+def changed(section: Any, prefix: str = "") -> list[str]:
+    """Return as key=value what a config says and its defaults do not, such as optim.lr=0.001."""
+    found = []
+    for field in fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        if value != (field.default if field.default_factory is MISSING else field.default_factory()):
+            inner = changed(value, f"{key}.") if is_dataclass(value) else []
+            found += inner or [f"{key}={_plain(value)}"]
+    return found
 
 
-def describe(config: ResolvedConfig, world_size: int) -> str:
-    """Return the lines that a run prints before its first step: every setting, then what the config costs."""
-    model, train = config.model, config.train
-    state = model_state_bytes(config, world_size)
-    tokens = config.batch_tokens * train.steps
+def _plain(value: Any) -> str:
+    """A value as it is written in YAML, and after a key=."""
+    if is_dataclass(value):
+        return "{" + ", ".join(changed(value)).replace("=", ": ") + "}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _width(text: str) -> int:
+    return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _cut(word: str) -> str:
+    """Take the middle out of a word that no line has room for."""
+    start, end = word[: len(word) // 2], word[len(word) // 2 :]
+    while _width(word) > COLUMNS - INDENT:
+        start, end = start[:-1], end[1:]
+        word = f"{start}…{end}"
+    return word
+
+
+def fold(label: str, words: Iterable[str]) -> list[str]:
+    """Return lines of at most 80 columns, with the label in the first 12. A longer word has a line, whole."""
+    lines, used = [f"{label:<{INDENT - 1}}"], INDENT - 1
+    for word in words:
+        if used >= INDENT and used + 1 + _width(word) > COLUMNS:
+            lines.append(" " * (INDENT - 1))
+            used = INDENT - 1
+        lines[-1] += f" {word}"
+        used += 1 + _width(word)
+    return lines
+
+
+def describe(given: Config, config: ResolvedConfig, world_size: int, more: dict[str, str] | None = None) -> str:
+    """Return the first screen of a run: what differs from the defaults, what it costs, `more`, and remarks.
+
+    It fits 80 columns and 20 lines: settings that have no room are left to config.yaml. Only a path that is longer
+    than a line is not cut. Warnings come in addition.
+
+    Args:
+        given: the config as its author wrote it.
+        config: the same, resolved.
+        more: texts by their labels.
+    """
+    model, train, stage = config.model, config.train, config.engine.zero_stage
+    state = {name: size / 2**20 for name, size in model_state_bytes(config, world_size).items()}
+    ranks = f"{world_size} ranks x {train.n_micro_batches(world_size)} micro-batches x {train.micro_batch_size}"
+    tokens, n = config.batch_tokens * train.steps, n_parameters(model)
+    flops = flops_per_token(model, (config.data.seq_len + 1) / 2)
+    rope = f"rope base {model.rope.base:.6g} on {model.rotary_width} of {model.head_width}"
+    if model.rope.extension:
+        rope += f", {model.rope.extension} from {model.rope.trained_context} to {model.rope.context} tokens"
+    texts = {
+        "model": f"{n:,} parameters, {flops:.4g} FLOP per token",
+        "scales": f"{model.residual} alpha {model.residual_alpha:.4g}, {model.attention.scale} on "
+        f"{model.attention.softmax_scale:.4g}, {rope}",
+        "batch": f"{train.global_batch_size} rows x {config.data.seq_len} = {config.batch_tokens:,} tokens: {ranks}",
+        "budget": f"{train.steps:,} steps, {tokens:,} tokens, {tokens / n:.1f} a parameter, {tokens * flops:.3g} FLOP",
+        "state": f"ZeRO-{stage} {config.engine.dtype}, {sum(state.values()):,.1f} MiB a rank: "
+        + ", ".join(f"{name} {size:,.1f}" for name, size in state.items()),
+    } | (more or {})
+    notes = base_notes(model)
+    warnings = [note for note in notes if note.startswith("WARNING")]
+    if len(notes) > len(warnings):
+        texts["note"] = "; ".join(note for note in notes if note not in warnings)
+    lines = [line for label, text in texts.items() for line in fold(label, text.split())]
+    n_rows = sum(math.ceil(_width(line) / COLUMNS) for line in lines)
+    return "\n".join(_settings(given, max(2, LINES - n_rows)) + lines + warnings)
+
+
+def _settings(given: Config, n_lines: int) -> list[str]:
+    """What differs from the defaults, in `n_lines` at most."""
+    said_below = ("train.run=", "train.steps=", "train.global_batch_size=", "train.micro_batch_size=", "data.seq_len=")
+    words = [_cut(setting) for setting in changed(given) if not setting.startswith(said_below)]
+    for n in range(len(words), 0, -1):
+        rest = f"... and {len(words) - n} more: config.yaml".split() if n < len(words) else []
+        lines = fold("settings", words[:n] + rest)
+        if len(lines) <= n_lines:
+            break
+    return lines
+
+
+def describe_heads(model: ResolvedModel) -> str:
+    """Return lines on the heads, and on what decoding keeps for each token as MHA, GQA, MQA and MLA."""
+    heads = f"{model.n_heads} of {model.head_width} in {model.n_groups} groups"
     if model.mla:
         queries = f"from {model.mla.d_query_latent}" if model.mla.d_query_latent else "straight from the stream"
         heads = (
-            f"MLA, {model.n_heads} heads of {model.mla.d_nope} + {model.mla.d_rope} and values of {model.value_width} "
-            f"from a latent of {model.mla.d_latent}, queries {queries}"
+            f"MLA, {model.n_heads} of {model.mla.d_nope} + {model.mla.d_rope} and values of {model.value_width} from a "
+            f"latent of {model.mla.d_latent}, queries {queries}"
         )
-    else:
-        heads = f"{model.n_heads} heads of {model.head_width} in {model.n_groups} groups"
-    lines = [f"{name + ':':<12}{settings(section)}" for name, section in vars(config).items()]
-    lines += [
-        f"model       {n_parameters(model):,} parameters, {model.residual} alpha {model.residual_alpha:.4g}, "
-        f"{flops_per_token(model, (config.data.seq_len + 1) / 2):.4g} FLOP per token, forward and backward",
-        f"attention   {heads}, scale {model.attention.scale} on {model.attention.softmax_scale:.4g}, "
-        f"rope base {model.rope.base:.6g} on {model.rotary_width} of {model.head_width} for {model.rope.context} tokens"
-        + (f", {model.rope.extension} from {model.rope.trained_context}" if model.rope.extension else ""),
-        "cache       per token in 16 bits: "
-        + ", ".join(f"{name} {size:,} bytes" for name, size in cache_bytes_per_token(model).items()),
-        f"batch       {train.global_batch_size} rows x {config.data.seq_len} tokens = {config.batch_tokens:,} tokens: "
-        f"{world_size} ranks x {train.n_micro_batches(world_size)} micro-batches x {train.micro_batch_size} rows",
-        f"budget      {train.steps:,} steps = {tokens:,} tokens, {tokens / n_parameters(model):.1f} per parameter, "
-        f"{tokens * flops_per_token(model, (config.data.seq_len + 1) / 2):.3g} FLOP",
-        f"state       ZeRO-{config.engine.zero_stage} {config.engine.dtype}, per rank "
-        + ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in state.items())
-        + f": {sum(state.values()) / 2**20:,.1f} MiB",
-    ]
-    return "\n".join(lines)
+    sizes = ", ".join(f"{name} {size:,} bytes" for name, size in cache_bytes_per_token(model).items())
+    return "\n".join(fold("heads", heads.split()) + fold("cache", f"per token in 16 bits: {sizes}".split()))

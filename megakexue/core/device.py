@@ -6,11 +6,12 @@ MFU is model FLOP/s over the peak FLOP/s that `peak_flops` gives.
 import math
 import re
 import resource
-import statistics
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
+from torch.nn import functional
 
 from megakexue.config import MetricsConfig, UserError
 
@@ -67,35 +68,43 @@ def data_sheet_tflops(gpu: str, dtype: torch.dtype) -> float:
     return math.nan
 
 
-def peak_flops(config: MetricsConfig, device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the peak FLOP/s of one device, nan if unknown, and a sentence that says where the number comes from."""
+def peak_flops(
+    config: MetricsConfig, device: torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]] = ()
+) -> tuple[float, str]:
+    """Return the peak FLOP/s of one device, nan if unknown, and what a run says of it.
+
+    Args:
+        shapes: of the step's own matrix products, (rows, inputs, outputs). On a CPU they are timed, since its data
+            sheet says little: the fastest is the peak.
+    """
     name = str(dtype).removeprefix("torch.")
     if config.peak_tflops is not None:
-        return config.peak_tflops * 1e12, f"MFU is against metrics.peak_tflops={config.peak_tflops:g}."
+        return config.peak_tflops * 1e12, f"of metrics.peak_tflops={config.peak_tflops:g}"
     if device.type == "cpu":
-        flops = _matmul_flops(dtype)
-        return flops, (
-            f"MFU is against a {name} matmul of 1024 x 1024 measured here with {torch.get_num_threads()} threads: "
-            f"{flops / 1e12:.3g} TFLOP/s."
-        )
+        sizes = {(min(m, 1024), min(k, 1024), min(n, 1024)) for m, k, n in [(1024, 1024, 1024), *shapes]}
+        flops = max(_product_flops(dtype, *size) for size in sizes)
+        return flops, f"of {flops / 1e12:.3g} TFLOP/s: an estimate, from {name} products timed here"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tflops = data_sheet_tflops(gpu, dtype)
     if math.isnan(tflops):
-        return math.nan, (
-            f"MFU is not shown: the {name} peak of {gpu} is not known; set metrics.peak_tflops from its data sheet."
+        return (
+            math.nan,
+            f"not shown: the {name} peak of {gpu} is not known; set metrics.peak_tflops from its data sheet",
         )
     tf32 = " without TF32" if dtype == torch.float32 else ""
-    return tflops * 1e12, f"MFU is against the data sheet of {gpu}: {tflops:g} dense {name} TFLOP/s{tf32}."
+    return tflops * 1e12, f"of {tflops:g} dense {name} TFLOP/s{tf32}: the data sheet of {gpu}"
 
 
-def _matmul_flops(dtype: torch.dtype, n: int = 1024) -> float:
-    matrix = torch.ones(n, n, dtype=dtype)
-    seconds = []
-    for _ in range(9):
+def _product_flops(dtype: torch.dtype, m: int, k: int, n: int) -> float:
+    """Return the FLOP/s of a layer's product, in the best of nine tries or of a tenth of a second."""
+    x, weight = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < 9 and (not seconds or time.perf_counter() - began < 0.1):
         start = time.perf_counter()
-        matrix @ matrix
+        functional.linear(x, weight)
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds[2:])  # the first ones set the kernel up
+    return 2 * m * k * n / min(seconds)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -22,6 +22,7 @@ import atexit
 import gc
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,8 @@ def start(config: EngineConfig) -> dist.Ranks:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    # about what they call themselves, which no user can change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
     if get_accelerator().device_name() == "cpu":
         # otherwise the first start compiles a C++ op for minutes, and a kill meanwhile leaves a lock that hangs others
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

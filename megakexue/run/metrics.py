@@ -1,21 +1,25 @@
-"""What a run tells its user: `metrics.jsonl`, one status line a step, a progress bar, TensorBoard.
+"""What a run tells its user: `metrics.jsonl`, status lines, a progress bar, TensorBoard, and how it ended.
 
 What must stay true: an interrupted and resumed run leaves the same loss column as one that was never stopped.
-Resuming at a checkpoint therefore first drops the records that lie after it.
+Resuming at a checkpoint therefore first drops the records that lie after it. And showing something never ends a run:
+the terminal may be closed, the reader of a pipe may leave, the disk of a log may be full.
 """
 
 import dataclasses
+import errno
 import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megakexue.config import MetricsConfig, Status
+from megakexue.config import MetricsConfig, Status, mute_stdout
 from megakexue.run.records import Record, StatisticsRecord, StepRecord, ValidationRecord, json_line, read_metrics
 
 
@@ -28,12 +32,28 @@ def human_count(n: float) -> str:
     return f"{n:.3g}T"
 
 
-def status_line(record: StepRecord, n_steps: int) -> str:
-    """The columns of one step, at fixed places so that a log can be read down a column."""
-    mfu = "  n/a" if math.isnan(record.mfu) else f"{record.mfu:5.1%}"
+N_LINES = 20
+"""Status lines between two headers, so that a screen of 24 lines has one."""
+
+
+def _place(step: int | str, n_steps: int) -> str:
+    """The first column. All are right-aligned at fixed places, and with a million steps a line has 80 characters."""
+    n_digits = len(str(n_steps))
+    return f"{step:>{n_digits}}/{n_steps}".rjust(9) if isinstance(step, int) else step.rjust(max(9, 2 * n_digits + 1))
+
+
+def header_line(n_steps: int) -> str:
+    """What the columns of a status line are."""
+    return f"{_place('step', n_steps)}     loss      grad        lr  tok/s    mfu  mem GiB"
+
+
+def status_line(record: StepRecord, n_steps: int, loss: float) -> str:
+    """The columns of one step, with `loss` as its loss; its status is said if the step was not applied."""
+    mfu = "n/a" if math.isnan(record.mfu) else f"{record.mfu:.1%}"
+    status = "" if record.status == "applied" else f"  {record.status}"
     return (
-        f"step {record.step:>6}/{n_steps}  loss {record.loss:7.4f}  grad {record.grad_norm:<8.3g}  lr {record.lr:.2e}  "
-        f"{human_count(record.tokens_per_s):>5} tok/s  mfu {mfu}  mem {record.memory_gib:5.1f} GiB  {record.status}"
+        f"{_place(record.step, n_steps)}  {loss:7.4f}  {record.grad_norm:8.3g}  {record.lr:.2e}  "
+        f"{human_count(record.tokens_per_s):>5}  {mfu:>5}  {record.memory_gib:7.1f}{status}"
     )
 
 
@@ -41,17 +61,25 @@ def statistics_line(record: StatisticsRecord, n_steps: int) -> str:
     """The columns of one record, for all tensors as one vector."""
     whole = record.whole
     return (
-        f"step {record.step:>6}/{n_steps}  update/weight {whole.update_per_weight:7.1e}  cosine {whole.cosine:5.2f}  "
+        f"{_place(record.step, n_steps)}  update/weight {whole.update_per_weight:.1e}  cosine {whole.cosine:.2f}  "
         f"signs {whole.sign_agreement:.2f}"
     )
+
+
+def _mean(losses: Collection[float]) -> float:
+    return sum(losses) / len(losses)
 
 
 class Metrics:
     """Writes the records of one run; made on rank 0 alone.
 
     Steps are shown and recorded every `metrics.every_steps`, and so are the first and the last. Steps that were not
-    applied are shown, recorded and counted always.
+    applied are shown, recorded and counted always. A record has the loss of its step. What is shown is the mean loss of
+    the applied steps since the line before, unless the step was not applied.
     """
+
+    last_words = ""
+    """What `close` says last: how the run ended, and what to do next."""
 
     def __init__(
         self, run: Path, config: MetricsConfig, *, n_steps: int, resume_step: int, validated: int | None = None
@@ -67,6 +95,12 @@ class Metrics:
         self._every_steps = config.every_steps
         self._n_steps = n_steps
         self._step = resume_step
+        self._run, self._began = run, time.monotonic()
+        self._losses: list[float] = []
+        """Of the applied steps since the last line."""
+        self._recent: deque[float] = deque(maxlen=100)
+        """Of applied steps."""
+        self._n_lines = 0
         run.mkdir(parents=True, exist_ok=True)
         path = run / "metrics.jsonl"
         dropped_from = resume_step + 1 if resume_step else 0  # a validation may stand at step 0
@@ -79,6 +113,8 @@ class Metrics:
         self._bad_steps: Counter[Status] = Counter(
             r.status for r in kept if isinstance(r, StepRecord) and r.status != "applied"
         )
+        self._tokens = max((r.tokens for r in kept if isinstance(r, StepRecord)), default=0)
+        self._valid = next((r for r in reversed(kept) if isinstance(r, ValidationRecord)), None)
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(map(json_line, kept))
@@ -97,14 +133,14 @@ class Metrics:
             self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=dropped_from)
 
         self._progress: Progress | None = None
-        if sys.stdout.isatty():
+        if sys.stdout and sys.stdout.isatty():  # None: it was closed before the start
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=None),
                 TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn(),
                 auto_refresh=False,  # drawn by log_step: no thread beside the training loop
                 transient=True, expand=True,
             )  # fmt: skip
-            self._progress.start()
+            self._show(self._progress.start)
             self._bar = self._progress.add_task("loss -", total=n_steps, completed=resume_step)
             self._drawn_at = -math.inf
 
@@ -117,25 +153,37 @@ class Metrics:
     def log_step(self, record: StepRecord) -> None:
         """Take note of every step; what is shown and recorded of it is decided here."""
         assert record.step > self._step, f"step {record.step} was logged after step {self._step}"
-        self._step = record.step
+        self._step, self._tokens = record.step, record.tokens
         is_bad = record.status != "applied"
+        loss = record.loss
         if is_bad:
             self._bad_steps[record.status] += 1
+        else:
+            self._losses.append(loss)
+            self._recent.append(loss)
+            loss = _mean(self._losses)
         if is_bad or record.step % self._every_steps == 0 or record.step in (1, self._n_steps):
             scalars = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "loss_scale", "data_wait_s")
             self._write(record, {f"train/{name}": getattr(record, name) for name in scalars})
-            self.message(status_line(record, self._n_steps))
+            if self._n_lines % N_LINES == 0:
+                self.message(header_line(self._n_steps))
+            self._n_lines += 1
+            self.message(status_line(record, self._n_steps, loss))
+            if not is_bad:
+                self._losses.clear()
         if self._progress is not None:
             # drawing costs a millisecond or two: ten a second, so that short steps do not notice
             due = time.monotonic() - self._drawn_at >= 0.1
-            text = f"loss {record.loss:.4f}  {human_count(record.tokens_per_s)} tok/s"
-            self._progress.update(self._bar, completed=record.step, description=text, refresh=due)
+            text = f"loss {loss:.4f}  {human_count(record.tokens_per_s)} tok/s"
+            bar = self._progress
+            self._show(lambda: bar.update(self._bar, completed=record.step, description=text, refresh=due))
             if due:
                 self._drawn_at = time.monotonic()
 
     def log_validation(self, step: int, loss: float, n_tokens: int) -> None:
-        self._write(ValidationRecord(step=step, loss=loss, n_tokens=n_tokens), {"valid/loss": loss})
-        self.message(f"step {step:>6}/{self._n_steps}  validation loss {loss:.4f} over {human_count(n_tokens)} tokens")
+        self._valid = ValidationRecord(step=step, loss=loss, n_tokens=n_tokens)
+        self._write(self._valid, {"valid/loss": loss})
+        self.message(f"{_place(step, self._n_steps)}  {loss:7.4f}  validation, {human_count(n_tokens)} tokens")
 
     def log_statistics(self, record: StatisticsRecord) -> None:
         scalars = {"statistics/n_drifting_rows": float(record.n_drifting_rows)}
@@ -153,9 +201,22 @@ class Metrics:
     def message(self, text: str) -> None:
         """Print lines above the progress bar; in a log, just print them."""
         if self._progress is None:
-            print(text, flush=True)
+            self._show(lambda: print(text, flush=True))
         else:
-            self._progress.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            console = self._progress.console
+            self._show(lambda: console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True))
+
+    def _show(self, show: Callable[[], None]) -> None:
+        """Write to stdout, or do without: the files have what was said."""
+        try:
+            show()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return  # there may be room again
+            mute_stdout()
+            if self._progress is not None:
+                bar, self._progress = self._progress, None
+                bar.stop()
 
     def sync(self) -> None:
         """Push the records to the disk, before a checkpoint is there that follows them: a power cut leaves no gap."""
@@ -163,7 +224,7 @@ class Metrics:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Say how the steps since step 1 ended and close the files. A second call does nothing."""
+        """Close the files, and say what the run has come to. A second call does nothing."""
         if self._file.closed:
             return
         self._flush()
@@ -172,9 +233,30 @@ class Metrics:
             with suppress(OSError):
                 self._tensorboard.close()
         if self._progress is not None:
-            self._progress.stop()
+            bar, self._progress = self._progress, None
+            self._show(bar.stop)
+        self.message("\n".join([*self._outcome(), *([self.last_words] if self.last_words else [])]))
+        try:
+            print(end="", flush=True)
+        except OSError:  # of a full disk
+            mute_stdout()
+
+    def _outcome(self) -> list[str]:
+        """Lines on steps, losses, tokens and time, and where they are."""
         counts: dict[Status, int] = {"applied": self._step - self._bad_steps.total(), **self._bad_steps}
-        print(f"{self._step} steps: " + ", ".join(f"{n} {status}" for status, n in counts.items()), flush=True)
+        ends = ", ".join(f"{n} {status}" for status, n in counts.items())
+        losses = []
+        if self._recent:
+            losses.append(f"{_mean(self._recent):.4f} over the last {len(self._recent)} steps")
+        if self._valid is not None:
+            losses.append(f"validation {self._valid.loss:.4f} at step {self._valid.step}")
+        took = timedelta(seconds=round(time.monotonic() - self._began))
+        return [
+            f"steps       {self._step} of {self._n_steps}: {ends}",
+            *([f"loss        {', '.join(losses)}"] if losses else []),
+            f"tokens      {self._tokens:,}; this start took {took}",
+            f"run         {self._run}",
+        ]
 
     def _write(self, record: Record, scalars: dict[str, float]) -> None:
         self._pending += json_line(record).encode()

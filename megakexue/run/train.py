@@ -6,6 +6,7 @@ started again is bit for bit the run that was not; and all ranks leave the loop 
 
 import dataclasses
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,10 +19,9 @@ from torch import Tensor
 from megakexue import dist
 from megakexue.config import Config, ResolvedConfig, require
 from megakexue.core.batch import Batch
-from megakexue.core.describe import describe, flops_per_token
+from megakexue.core.describe import describe, flops_per_token, product_shapes
 from megakexue.core.device import memory_gib, peak_flops
 from megakexue.core.resolve import resolve_config
-from megakexue.core.rope import base_notes
 from megakexue.core.schedule import lr_factor
 from megakexue.run import checkpoint
 from megakexue.run.data import Batches, Interrupted
@@ -52,7 +52,7 @@ def train(given: Config) -> None:
     config = resolve_config(given)
     config.train.n_micro_batches(ranks.data_size)  # refuses a batch that does not divide, before any folder is made
     with ExitStack() as stack:
-        run = _open(config, ranks, stack)
+        run = _open(given, config, ranks, stack)
         last_step = config.train.stop_at_step or config.train.steps
         if run.state.step >= last_step:
             limit = "train.steps" if last_step == config.train.steps else "train.stop_at_step"
@@ -70,13 +70,19 @@ def train(given: Config) -> None:
             if step:
                 run.saves.save_and_wait(run.state)
             kept = f"saved after step {step}" if step else "before the first step"
-            run.say(f"stopped: {interruption}; {kept}; the same command goes on")
+            run.end(f"stopped: {interruption}; {kept}; the same command goes on")
             interruption.end()
         if run.state.step != run.saves.saved:
             run.saves.save_and_wait(run.state)
         if run.state.step < config.train.steps:
             where = f"stopped at step {run.state.step}, as train.stop_at_step says"
-            run.say(f"{where}; the same command without it goes on")
+            run.end(f"{where}; the same command without it goes on")
+        else:
+            own = shlex.quote(str(run.folder))
+            run.end(
+                f"next        tools/plot_run.py {own} --report --out loss.png\n"
+                f"            tools/export_model.py {own} --out bundles/{shlex.quote(run.folder.resolve().name)}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -100,6 +106,12 @@ class _Run:
 
     def say(self, text: str) -> None:
         _say(self.metrics, text)
+
+    def end(self, text: str) -> None:
+        """Say last, when everything is closed."""
+        log.info("%s", text)
+        if self.metrics:
+            self.metrics.last_words = text
 
     def met(self, read: Callable[[], T]) -> T | None:
         """Read data where all ranks meet: a signal or a failure on one is one on all, and is seen by who waits.
@@ -128,7 +140,7 @@ def _say(metrics: Metrics | None, text: str) -> None:
 # --- the start -------------------------------------------------------------------------------------------------------
 
 
-def _open(config: ResolvedConfig, ranks: dist.Ranks, stack: ExitStack) -> _Run:
+def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitStack) -> _Run:
     """Take the run folder, open the data, build the engine, and load what the run starts from."""
     folder = Path(config.train.run)
     preemption = Preemption(ranks, grace_s=config.checkpoint.grace_s, timeout_s=config.engine.timeout_s)
@@ -161,16 +173,17 @@ def _open(config: ResolvedConfig, ranks: dist.Ranks, stack: ExitStack) -> _Run:
         describe_run(folder, config, engine.deepspeed_config, source)
         at = {"resume_step": begun.state.step, "validated": begun.state.validated}
         metrics = stack.enter_context(Metrics(folder, config.metrics, n_steps=config.train.steps, **at))
-        peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype)
-        notes = [
-            *(f"WARNING: {warning}" for warning in warnings),
-            describe(config, ranks.world_size),
-            *base_notes(config.model),
-            f"attention   {engine.module.backend}: {engine.backend_reason}",
-            f"optimizer   {config.optim.name}, {engine.optimizer.kernel_reason}",
-            f"start       {begun.origin}\n{peak_source}",
-        ]
-        metrics.message("\n".join(notes))
+        shapes = product_shapes(config.model, config.train.micro_batch_size * config.data.seq_len)
+        peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype, shapes)
+        more = {
+            "attention": f"{engine.module.backend}: {engine.backend_reason}",
+            "optimizer": f"{config.optim.name}, {engine.optimizer.kernel_reason}",
+            "start": begun.origin,
+            "MFU": peak_source,
+            "run": f"{folder} (config.yaml, metrics.jsonl, logs/, checkpoints/)",
+        }
+        screen = describe(given, config, ranks.world_size, more)
+        metrics.message("\n".join([screen, *(f"WARNING: {warning}" for warning in warnings)]))
     log.info("step %d of %d: %s", begun.state.step, config.train.steps, begun.origin)
     saves = Saves(
         engine, folder / "checkpoints", begun.saved, say=lambda text: _say(metrics, text),

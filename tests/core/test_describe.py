@@ -2,18 +2,29 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.cells import cell_len
 from torch.utils.flop_counter import FlopCounterMode
 
 from megakexue.config import MlaConfig, ModelConfig, load_config
 from megakexue.core.attention import Layout
 from megakexue.core.decoder import Cache
-from megakexue.core.describe import cache_bytes_per_token, describe, flops_per_token, model_state_bytes, n_parameters
+from megakexue.core.describe import (
+    cache_bytes_per_token,
+    changed,
+    describe,
+    describe_heads,
+    flops_per_token,
+    model_state_bytes,
+    n_parameters,
+)
 from megakexue.core.loss import plain_cross_entropy
 from megakexue.core.resolve import resolve_config
+from tests.conftest import Prepared
 from tests.helpers import KINDS, ROOT, VARIANTS, build, positions_of, tiny
 
 
@@ -93,17 +104,62 @@ def test_cache_bytes_are_those_that_decoding_keeps(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_gqa", "tiny_mla"])
 def test_description_names_the_numbers(name: str) -> None:
-    config = resolve_config(load_config(ROOT / "configs" / f"{name}.yaml", ["optim.name=adamw"]))
-    text = describe(config, 2)
+    given = load_config(ROOT / "configs" / f"{name}.yaml", ["optim.name=adamw"])
+    config = resolve_config(given)
+    text = " ".join(f"{describe(given, config, 2)}\n{describe_heads(config.model)}".split())
     assert config.model.rope.base == {"tiny_gqa": 7400, "tiny_mla": 59400}[name]
-    for words in ("model:      vocab_size=4096 d_model=128", "context=256", "train:      run=runs/",
+    for words in ("settings model.vocab_size=4096 model.d_model=128", "optim.name=adamw", "checkpoint.every_steps=10",
                   f"{n_parameters(config.model):,} parameters", f"rope base {config.model.rope.base:g} on ",
-                  "for 256 tokens", "2 ranks x 2 micro-batches", "16 rows x 256 tokens = 4,096 tokens",
-                  "200 steps = 819,200 tokens", "ZeRO-1 fp32", "scale log_n on ",
-                  *{"tiny_gqa": ("4 heads of 32 in 2 groups", "GQA of 2 groups 1,024 bytes"),
-                    "tiny_mla": ("MLA, 4 heads of 16 + 16 and values of 32", "MLA of 64 + 16 640 bytes")}[name],
+                  "2 ranks x 2 micro-batches", "16 rows x 256 = 4,096 tokens", "200 steps, 819,200 tokens",
+                  "ZeRO-1 fp32", "log_n on ",
+                  *{"tiny_gqa": ("heads 4 of 32 in 2 groups", "GQA of 2 groups 1,024 bytes"),
+                    "tiny_mla": ("MLA, 4 of 16 + 16 and values of 32", "MLA of 64 + 16 640 bytes")}[name],
                   ):  # fmt: skip
         assert words in text, words
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MORE = {
+    "attention": "varlen: flash needs flash-attn 2 (No module named 'flash_attn'): pip install 'megakexue[gpu]'",
+    "optimizer": "tiger, in chunks of 65,536: fewer than 16,777,216 elements a rank",
+    "start": "weights of bundles/7b_from_1b, with the state of its tiger after 50000 updates, data from epoch 0, "
+    "sample 25600000 on",
+    "MFU": "of 989 dense bfloat16 TFLOP/s: the data sheet of NVIDIA H100 80GB HBM3",
+    "run": "runs/数据/数据数据数据数据数据数据数据数据 (config.yaml, metrics.jsonl, logs/, checkpoints/)",
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_first_screen_fits_a_terminal(path: Path) -> None:
+    folder = "/mnt/数据/" + "long_name/" * 12
+    many = [f"data.tokenizer={folder}tokenizer.model", f"data.sources=[{{path: {folder}data}},{{path: data/web2}}]",
+            f"train.run={folder}run", "optim.name=lion", "optim.clip=smooth", "guard.on_nonfinite=shrink",
+            "guard.on_spike=rollback", "metrics.every_steps=10", "checkpoint.keep_every=1000", "engine.timeout_s=600",
+            "metrics.tensorboard=false", "checkpoint.every_steps=100", "data.n_prefetch=4"]  # fmt: skip
+    for overrides in ([], many):
+        given = load_config(path, overrides)
+        lines = describe(given, resolve_config(given), 1, MORE).splitlines()
+        assert len(lines) <= 20 and max(map(cell_len, lines)) <= 80, "\n".join(lines)
+        labels = [line.split()[0] for line in lines if line[0] != " "]
+        assert labels[:6] == ["settings", "model", "scales", "batch", "budget", "state"] and {*MORE} <= {*labels}
+        n_said = sum("=" in word for line in lines[: labels.index("model") + 9] for word in line.split())
+        assert n_said >= 5
+    assert "more: config.yaml" in " ".join(lines)
+
+
+def test_a_path_that_is_longer_than_a_line_is_whole() -> None:
+    given = load_config(CONFIGS[0])
+    run = "/mnt/" + "x" * 90
+    assert f"run         {run}\n            (files)" in describe(
+        given, resolve_config(given), 1, {"run": f"{run} (files)"}
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_settings_are_what_makes_the_config_of_the_defaults(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    given = load_config(path, ["data.sources=[{path: a, weight: 2},{path: b, weight: 0.5}]", "data.shuffle=false"])
+    assert load_config(tmp_path / "empty.yaml", changed(given)) == given
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -115,9 +171,9 @@ def test_the_program() -> None:
         str(ROOT / "configs" / "1b.yaml"), "model.n_kv_heads=null", "model.mla={}", "--ranks", "8", "--parameters"
     )
     assert done.returncode == 0, done.stderr
-    for words in ("MLA, 16 heads of 96 + 32 and values of 128 from a latent of 512", "blocks.attention.wk_up",
-                  "1536x512", "cache       per token in 16 bits: MLA of 512 + 32 26,112 bytes"):  # fmt: skip
-        assert words in done.stdout, done.stdout
+    for words in ("MLA, 16 of 96 + 32 and values of 128 from a latent of 512", "blocks.attention.wk_up",
+                  "1536x512", "cache per token in 16 bits: MLA of 512 + 32 26,112 bytes"):  # fmt: skip
+        assert words in " ".join(done.stdout.split()), done.stdout
     for arguments, message in [
         (["configs/none.yaml"], "error: no config file configs/none.yaml: the shipped ones are in configs/"),
         ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "0"], "error: --ranks 0 must be positive"),
@@ -129,3 +185,17 @@ def test_the_program() -> None:
     ]:
         done = program(*arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_the_program_checks_what_a_launch_would(prepared: Prepared, tmp_path: Path) -> None:
+    config = str(ROOT / "configs" / "tiny_gqa.yaml")
+    # a folder that is to be made later does not hide the mistake in one that is there
+    sources = f"data.sources=[{{path: {tmp_path}/later}},{{path: {prepared.data}}}]"
+    inputs = [f"data.tokenizer={prepared.tokenizer}", f"data.seq_len={prepared.seq_len}", sources]
+    done = program(config, *inputs)
+    missing = f"WARNING: a launch needs these, which do not exist yet: {tmp_path}/later\n"
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(missing)
+    done = program(config, *inputs, "data.seq_len=77")
+    assert (done.returncode, done.stdout) == (2, "") and "data.seq_len=77 differs from the rows of " in done.stderr
+    done = program(config, f"data.tokenizer={tmp_path}/none", "data.sources=[{path: s3://bucket/data}]")
+    assert done.returncode == 0 and done.stdout.endswith(f"yet: {tmp_path}/none\n")

@@ -3,13 +3,18 @@
 import math
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
-from megakexue.config import MetricsConfig
+from megakexue.config import MetricsConfig, load_config
+from megakexue.core import device
+from megakexue.core.describe import product_shapes
 from megakexue.core.device import data_sheet_tflops, memory_gib, peak_flops
+from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 
@@ -17,15 +22,35 @@ CPU = torch.device("cpu")
 def test_peak_from_the_config() -> None:
     peak, source = peak_flops(MetricsConfig(peak_tflops=123.5), CPU, torch.bfloat16)
     assert peak == 123.5e12
-    assert source == "MFU is against metrics.peak_tflops=123.5."
+    assert source == "of metrics.peak_tflops=123.5"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_of_a_cpu_is_measured(dtype: torch.dtype) -> None:
     peak, source = peak_flops(MetricsConfig(), CPU, dtype)
     assert 1e9 < peak < 1e14  # from an emulated dtype on one core to a large server
-    name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
-    assert source.startswith(f"MFU is against a {name} matmul of 1024 x 1024 measured here with {threads} threads: ")
+    name = str(dtype).removeprefix("torch.")
+    assert source == f"of {peak / 1e12:.3g} TFLOP/s: an estimate, from {name} products timed here"
+
+
+def test_peak_of_a_cpu_is_that_of_its_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {(1024, 1024, 1024): 1e9, (1024, 128, 384): 3e9, (1024, 384, 128): 2e9}
+    monkeypatch.setattr(device, "_product_flops", lambda dtype, *shape: speeds[shape])
+    # what is timed is no larger than 1024 each way: a start takes no second for it
+    peak, _ = peak_flops(MetricsConfig(), CPU, torch.float32, [(4096, 128, 384), (1024, 384, 128)])
+    assert peak == 3e9
+
+
+def test_no_product_of_a_step_is_above_the_peak() -> None:
+    config = load_config(ROOT / "configs" / "tiny_gqa.yaml")
+    shapes = product_shapes(config.model, config.train.micro_batch_size * config.data.seq_len)
+    peak, _ = peak_flops(MetricsConfig(), CPU, torch.float32, shapes)
+    for m, k, n in shapes:
+        x, weight = torch.randn(m, k), torch.randn(n, k)
+        began = time.perf_counter()
+        for _ in range(5):
+            functional.linear(x, weight)
+        assert 5 * 2 * m * k * n / (time.perf_counter() - began) < 1.5 * peak
 
 
 @pytest.mark.parametrize(
@@ -63,9 +88,7 @@ def test_peak_of_a_known_gpu(gpu: str, half: float, single: float) -> None:
 def test_unknown_peak_says_what_to_set() -> None:
     peak, source = peak_flops(MetricsConfig(), torch.device("meta"), torch.bfloat16)
     assert math.isnan(peak)
-    assert source == (
-        "MFU is not shown: the bfloat16 peak of meta is not known; set metrics.peak_tflops from its data sheet."
-    )
+    assert source == "not shown: the bfloat16 peak of meta is not known; set metrics.peak_tflops from its data sheet"
 
 
 def test_memory_of_a_cpu_process_is_its_peak() -> None:
@@ -86,6 +109,6 @@ def test_gpu_peak_and_memory() -> None:
     device = torch.device("cuda")
     peak, source = peak_flops(MetricsConfig(), device, torch.bfloat16)
     assert torch.cuda.get_device_name(device) in source
-    assert math.isnan(peak) == source.startswith("MFU is not shown")
+    assert math.isnan(peak) == source.startswith("not shown")
     block = torch.ones(2**28, device=device)
     assert memory_gib(device) >= block.nbytes / 2**30

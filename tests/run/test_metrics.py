@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megakexue.config import MetricsConfig
-from megakexue.run.metrics import Metrics, human_count, statistics_line, status_line
-from megakexue.run.records import StepRecord, TensorStatistics, ValidationRecord, read_metrics
+from megakexue.run.metrics import Metrics, header_line, human_count, statistics_line, status_line
+from megakexue.run.records import StatisticsRecord, StepRecord, TensorStatistics, ValidationRecord, read_metrics
 from tests.helpers import QUIET, ROOT, make_record, make_statistics, make_tensor, write_run
 from tests.programs import run_python
 
@@ -51,9 +52,9 @@ for step in range(1, 10**9):
         shown = [process.stdout.readline() for _ in range(300)]
         process.send_signal(signal.SIGKILL)
         shown += process.stdout.readlines()
-    last = max(int(line.split()[1].split("/")[0]) for line in shown if line.endswith("applied\n"))
+    last = max(int(line.split("/")[0]) for line in shown if line[:1].isspace() and "/" in line and "step" not in line)
     steps = [record.step for record in read_metrics(tmp_path)]
-    assert last >= 300
+    assert last >= 280  # one line in 21 is a header
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= last
 
@@ -120,23 +121,62 @@ def test_every_steps_thins_the_applied_steps_only(tmp_path: Path, capsys: pytest
             metrics.log_step(make_record(step, status=bad.get(step, "applied")))
     shown = [1, 7, 8, 10, 13, 20, 25]
     assert [record.step for record in read_metrics(tmp_path)] == shown
-    lines = capsys.readouterr().out.splitlines()
-    assert [int(line.split()[1].split("/")[0]) for line in lines[:-1]] == shown
-    assert lines[-1] == "25 steps: 22 applied, 2 skipped, 1 rolled back"
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header == header_line(25)
+    assert [int(line.split("/")[0]) for line in lines[: len(shown)]] == shown
+    assert lines[len(shown)] == "steps       25 of 25: 22 applied, 2 skipped, 1 rolled back"
+
+
+def test_a_line_has_the_mean_loss_since_the_line_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = MetricsConfig(tensorboard=False, every_steps=5)
+    losses = {1: 9.0, 2: 1.0, 3: math.nan, 4: 2.0, 5: 6.0, 6: 4.0, 7: 5.0, 8: 6.0, 9: 7.0, 10: 8.0, 11: 3.0, 12: 5.0}
+    with Metrics(tmp_path, config, n_steps=12, resume_step=0) as metrics:
+        for step, loss in losses.items():
+            metrics.log_step(make_record(step, loss=loss, status="skipped" if step == 3 else "applied"))
+        metrics.log_validation(12, 4.5, 65536)
+    # the records have each step's own, whatever was shown
+    recorded = [record.loss for record in read_metrics(tmp_path) if not isinstance(record, StatisticsRecord)]
+    assert recorded == pytest.approx([9.0, math.nan, 6.0, 8.0, 5.0, 4.5], nan_ok=True)
+    _, *lines = capsys.readouterr().out.splitlines()
+    shown = [(line.split("/")[0].strip(), line[9:18].strip()) for line in lines[:6]]
+    assert shown == [
+        ("1", "9.0000"),
+        ("3", "nan"),
+        ("5", "3.0000"),
+        ("10", "6.0000"),
+        ("12", "4.0000"),
+        ("12", "4.5000"),
+    ]
+    assert lines[1].endswith("  skipped") and lines[5].endswith("  validation, 65.5k tokens")
+    assert lines[7] == "loss        5.0909 over the last 11 steps, validation 4.5000 at step 12"
+
+
+def test_the_end_says_what_it_has_come_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, range(1, 11))
+    capsys.readouterr()
+    with Metrics(tmp_path, QUIET, n_steps=20, resume_step=10) as metrics:  # resumed, and stopped before the next step
+        metrics.last_words = "stopped: SIGTERM on rank 0"
+    assert capsys.readouterr().out.splitlines() == [
+        "steps       10 of 20: 10 applied",
+        "loss        validation 3.0000 at step 10",
+        "tokens      40,960; this start took 0:00:00",
+        f"run         {tmp_path}",
+        "stopped: SIGTERM on rank 0",
+    ]
 
 
 def test_counts_go_on_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, range(1, 13), bad={4: "skipped", 12: "shrunk"})
-    assert capsys.readouterr().out.splitlines()[-1] == "12 steps: 10 applied, 1 skipped, 1 shrunk"
+    assert "\nsteps       12 of 20: 10 applied, 1 skipped, 1 shrunk\n" in capsys.readouterr().out
     write_run(tmp_path, range(11, 21), resume_step=10, bad={15: "skipped"})
-    assert capsys.readouterr().out.splitlines()[-1] == "20 steps: 18 applied, 2 skipped"
+    assert "\nsteps       20 of 20: 18 applied, 2 skipped\n" in capsys.readouterr().out
 
 
 def test_close_twice_says_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = Metrics(tmp_path, QUIET, n_steps=3, resume_step=0)
     metrics.close()
     metrics.close()
-    assert capsys.readouterr().out == "0 steps: 0 applied\n"
+    assert capsys.readouterr().out.count("steps       0 of 3: 0 applied\n") == 1
 
 
 def test_a_step_is_logged_once(tmp_path: Path) -> None:
@@ -149,27 +189,46 @@ def test_a_step_is_logged_once(tmp_path: Path) -> None:
 
 
 def test_status_line() -> None:
-    assert status_line(make_record(120, loss=4.02134, grad_norm=0.8123, lr=2.98e-4), 1000) == (
-        "step    120/1000  loss  4.0213  grad 0.812     lr 2.98e-04  41.2k tok/s  mfu 38.1%  mem  12.3 GiB  applied"
+    record = make_record(120, loss=4.02134, grad_norm=0.8123, lr=2.98e-4)
+    assert header_line(1000) == "     step     loss      grad        lr  tok/s    mfu  mem GiB"
+    assert status_line(record, 1000, 4.5) == " 120/1000   4.5000     0.812  2.98e-04  41.2k  38.1%     12.3"
+    worst = make_record(7, grad_norm=math.inf, mfu=math.nan, status="rolled back", tokens_per_s=1.25e6)
+    assert status_line(worst, 1000, math.nan) == (
+        "   7/1000      nan       inf  2.10e-04  1.25M    n/a     12.3  rolled back"
     )
-    worst = make_record(7, loss=math.nan, grad_norm=math.inf, mfu=math.nan, status="rolled back", tokens_per_s=1.25e6)
-    assert status_line(worst, 1000) == (
-        "step      7/1000  loss     nan  grad inf       lr 2.10e-04  1.25M tok/s  mfu   n/a  mem  12.3 GiB  rolled back"
-    )
+
+
+@pytest.mark.parametrize("n_steps", [9, 1_000, 50_000, 999_999, 9_999_999])
+def test_lines_fit_a_terminal_and_have_columns(n_steps: int) -> None:
+    values: list[dict[str, Any]] = [
+        {},
+        {"grad_norm": 1.2345e-5, "mfu": math.nan, "memory_gib": 1234.5, "tokens_per_s": 999_999.0},
+        {"grad_norm": 1.2345e15, "mfu": 0.999, "lr": 0.0, "tokens_per_s": 3.0},
+    ]
+    lines = [status_line(make_record(n_steps, status="rolled back", **v), n_steps, 11.0704) for v in values]
+    statistics = statistics_line(make_statistics(n_steps), n_steps)
+    assert all(len(line) <= 80 for line in (*lines, statistics, header_line(n_steps)))
+    ends = [match.end() for match in re.finditer(r"[a-z/]+( GiB)?", header_line(n_steps))]
+    for line in lines:
+        assert [match.end() for match in re.finditer(r"\S+", line.removesuffix("  rolled back"))] == ends
+
+
+def test_each_screen_has_the_names_of_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, range(1, 71), n_steps=70)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "signs" not in line and "valid" not in line]
+    assert [i for i, line in enumerate(lines) if line == header_line(70)] == [0, 21, 42, 63]
 
 
 def test_statistics_line() -> None:
-    assert statistics_line(make_statistics(100), 200) == (
-        "step    100/200  update/weight 1.0e-03  cosine  0.31  signs 0.62"
-    )
+    assert statistics_line(make_statistics(100), 200) == "  100/200  update/weight 1.0e-03  cosine 0.31  signs 0.62"
     # the first step of weights that are zero, and a step that was skipped
     start = make_tensor(weight_rms=0.0, cosine=-0.25, sign_agreement=1.0)
     assert statistics_line(make_statistics(1, whole=start), 200) == (
-        "step      1/200  update/weight     nan  cosine -0.25  signs 1.00"
+        "    1/200  update/weight nan  cosine -0.25  signs 1.00"
     )
     skipped = make_tensor(update_rms=0.0, gradient_rms=math.nan, cosine=math.nan, sign_agreement=0.0)
     assert statistics_line(make_statistics(3, whole=skipped), 200) == (
-        "step      3/200  update/weight 0.0e+00  cosine   nan  signs 0.00"
+        "    3/200  update/weight 0.0e+00  cosine nan  signs 0.00"
     )
 
 
@@ -178,7 +237,7 @@ def test_drifting_rows_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixtu
         metrics.log_statistics(make_statistics(100))
         metrics.log_statistics(make_statistics(200, n_drifting_rows=12))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:-1] == [
+    assert lines[:3] == [
         statistics_line(make_statistics(100), 200),
         statistics_line(make_statistics(200), 200),
         "WARNING: embedding rows with an RMS beyond a tenth of 1 / optim.weight_decay: 12. Sign updates drive the rows "
@@ -222,16 +281,24 @@ def test_log_has_plain_lines_only(tmp_path: Path) -> None:
     result = run_python(SHORT_RUN, str(tmp_path), env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "40"}, check=True)
     assert not CONTROL.search(result.stdout)
     lines = result.stdout.splitlines()
-    assert [line.split("/")[0].split()[-1] for line in lines if line.startswith("step ")] == [
-        "1",
-        "10",
-        "17",
-        "20",
-        "30",
-    ]
-    assert lines[2] == "数据 [red]as it is[/red] :smile: 🐯"
-    assert lines[-1] == "30 steps: 29 applied, 1 skipped"
-    assert len(lines) == 7
+    assert [line.split("/")[0].strip() for line in lines if "/30" in line] == ["1", "10", "17", "20", "30"]
+    assert lines[3] == "数据 [red]as it is[/red] :smile: 🐯"
+    assert lines[7] == "steps       30 of 30: 29 applied, 1 skipped"
+    assert len(lines) == 11
+
+
+# what a shell gives a program whose reader has left, or whose log is on a full disk, or whose terminal is closed
+@pytest.mark.parametrize("stdout", ["pipe", "disk", "terminal", "nothing"])
+def test_a_stdout_that_fails_stops_nobody(stdout: str, tmp_path: Path) -> None:
+    ends = {"pipe": os.pipe, "disk": lambda: (os.open(os.devnull, 0), os.open("/dev/full", 1)), "terminal": os.openpty}
+    reader, writer = ends.get(stdout, os.pipe)()
+    os.close(reader)
+    shell = '"$@" >&-' if stdout == "nothing" else '"$@"'
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", SHORT_RUN, str(tmp_path)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [r.step for r in read_metrics(tmp_path)] == [1, 10, 17, 20, 30]
 
 
 def run_on_terminal(code: str, *arguments: str) -> tuple[int, str]:
@@ -260,10 +327,10 @@ def test_terminal_has_a_bar_under_the_lines(tmp_path: Path) -> None:
     assert status == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     assert "step 1/30" in text and "loss 6.5000  41.2k tok/s ETA" in text
-    lines = re.findall(r"step +(\d+)/30  loss", text)
+    lines = re.findall(r"(\d+)/30  +\d", text)
     assert lines == ["1", "10", "17", "20", "30"]
     assert "数据 [red]as it is[/red] :smile: 🐯" in text
-    assert text.rstrip().endswith("30 steps: 29 applied, 1 skipped")
+    assert "steps       30 of 30: 29 applied, 1 skipped" in text[text.rindex("/30  ") :]
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1  # the cursor is hidden and comes back
 
 
@@ -271,7 +338,7 @@ def test_terminal_is_restored_when_training_fails(tmp_path: Path) -> None:
     status, output = run_on_terminal(SHORT_RUN, str(tmp_path), "fail")
     assert status == 1
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
-    assert output.rstrip().endswith("29 steps: 28 applied, 1 skipped")
+    assert output.rindex("steps       29 of 30: 28 applied, 1 skipped") > output.rindex("\x1b[?25h")
 
 
 def test_tensorboard_scalars_and_their_resume(tmp_path: Path) -> None:

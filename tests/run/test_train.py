@@ -133,7 +133,7 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> Non
     again = launch(prepared, tmp_path / "killed", *options)
     output_again = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output_again
-    resumed = re.search(r"start       resumed from .*step_000000(15|20|25)", output_again)
+    resumed = re.search(r"\nstart       resumed from\s+\S*step_000000(15|20|25)\n", output_again)
     assert resumed, output_again
     # the same in processes that no launcher has started, and nobody has killed
     run_on_ranks(2, train_all, [tiny_config(prepared, tmp_path / "straight", *options)])
@@ -141,14 +141,19 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> Non
     assert [r["step"] for r in records(tmp_path / "killed")] == list(range(1, 31))
 
     # what the user was told before the first step, and the folder as docs/folders.md shows it
-    for words in ("parameters, deepnorm alpha", "heads of 8 in 2 groups, scale log_n", "rope base",
-                  "30 steps = 30,720 tokens", "ZeRO-3 fp32, per rank",
+    for words in ("settings    model.vocab_size=512 model.d_model=32", " parameters, ", "deepnorm alpha", "rope base",
+                  "30 steps, 30,720 tokens", "ZeRO-3 fp32, ",
                   "attention   blocked: the fastest form on CPU",
-                  "optimizer   tiger, in chunks of 65,536: fewer than", "weights from train.seed=0",
-                  "matmul"):  # fmt: skip
+                  "optimizer   tiger, in chunks of 65,536: fewer than", "start       new weights from train.seed=0",
+                  "MFU         of ", f"run         {tmp_path / 'killed'}\n            (config.yaml, "):  # fmt: skip
         assert words in output
-    shown = re.findall(r"step +(\d+)/30  loss .* grad .* lr .* tok/s  mfu .* mem .* applied", output_again)
+    shown = re.findall(r"^ +(\d+)/30 +\d+\.\d{4} ", output_again, re.MULTILINE)
     assert list(map(int, shown)) == list(range(int(resumed[1]) + 1, 31))
+    # nothing that is not ours, but of the launcher: no line of DeepSpeed's INFO, no warning of torch
+    foreign = [line for line in output_again.splitlines() if re.search(r"INFO|WARNING|Warning", line)]
+    assert all(re.search(r"\[(launch|runner|real_accelerator)\.py:", line) for line in foreign), foreign
+    end = output_again[output_again.index("steps       30 of 30: 30 applied\n") :].splitlines()
+    assert [line.split()[0] for line in end[:6]] == ["steps", "loss", "tokens", "run", "next", "tools/export_model.py"]
     run = tmp_path / "killed"
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "config.yaml", "deepspeed.json", "lock", "logs", "metrics.jsonl", "source.txt",
