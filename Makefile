@@ -2,14 +2,15 @@
 # .venv gets the versions of constraints.txt, which were tested together.
 PYTHON ?= python3
 BIN := .venv/bin
-# Text for the demo: a file, folder or glob; empty: the sources and documentation of the Python installation
-TEXT ?=
+# Text for the demo: one file, folder or glob, also with spaces (make demo TEXT='my texts'); empty: the sources and
+# documentation of the Python installation. It goes through the environment, where no shell splits it
+export TEXT ?=
 # Tests that run side by side; each may start several processes of its own
 WORKERS ?= 2
 
 .PHONY: demo test test-fast check setup
 demo: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh $(TEXT)
+	@bash launch/demo.sh
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

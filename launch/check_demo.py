@@ -1,16 +1,41 @@
 #!/usr/bin/env python
-"""Report on the runs of the demo, and fail if a model has not learned: the last step of `make demo`."""
+"""Report on the runs of the demo, and fail if a model has not learned: the last step of `make demo`.
+
+With --prompts, print instead the first words of two documents that no model was trained on, a line each.
+"""
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from megakexue.config import run_program
+import numpy as np
+
+from megakexue.config import require, run_program
 from megakexue.files import read_json
 from megakexue.run.records import ValidationRecord, read_metrics
+from megakexue.text.tokenizer import Tokenizer
 
 MARGIN = 0.5  # nats below the unigram entropy
+N_TOKENS = 8  # of a prompt
+
+
+def prompts(data: Path) -> list[str]:
+    """The beginnings of the first and the last document in the first shard of the validation rows, in any language."""
+    tokenizer = Tokenizer(data / "tokenizer.model")
+    split = data / "valid"
+    shard = read_json(split / "index.json", "the index of the validation rows")["shards"][0]
+    stored = (split / shard["raw_data"]["basename"]).read_bytes()
+    n, start = np.frombuffer(stored, np.uint32, 2)
+    rows = np.frombuffer(stored, shard["column_encodings"][0].split(":")[1], offset=int(start)).reshape(n, -1)
+    found = []
+    for row, column in np.argwhere(rows == tokenizer.bos_id):
+        words = tokenizer.decode(rows[row, column + 1 : column + 1 + N_TOKENS].tolist())
+        # half a character, at the end, is no part of it
+        if text := " ".join(words.rstrip("\ufffd").split()):
+            found.append(text)
+    require(bool(found), f"{split} has no document to take a prompt from")
+    return [found[0], found[-1]]
 
 
 def validation_loss(run: Path) -> float:
@@ -32,7 +57,12 @@ def check(loss: float, grown: float, entropy: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", type=Path, metavar="DEMO", help="folder of the demo, runs/demo")
-    demo = parser.parse_args().demo
+    parser.add_argument("--prompts", action="store_true", help="print the first words of two documents, and end")
+    args = parser.parse_args()
+    demo = args.demo
+    if args.prompts:
+        print(*prompts(demo / "data"), sep="\n")
+        return
     valid = read_json(demo / "data" / "manifest.json", "the manifest of the data")["splits"]["valid"]
     entropy = valid["unigram_entropy_nats"]
     baseline = f"unigram entropy of the validation tokens={entropy}"

@@ -4,6 +4,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from megakexue.config import UserError, load_config, run_program
 from megakexue.text.manifest import check_inputs
@@ -17,6 +18,9 @@ def main() -> None:
   deepspeed --num_accelerators 8 launch/train.py configs/1b.yaml train.run=runs/1b
   deepspeed --num_accelerators 2 launch/train.py configs/tiny_gqa.yaml engine.zero_stage=3 train.steps=30
   launch/train.py configs/tiny_gqa.yaml            one process
+  tools/describe.py configs/1b.yaml --ranks 64     the check before a launch, in a second
+
+`deepspeed --log_level error` leaves out the launcher's own lines, but for the exit code of a run that failed.
 
 Every key is in megakexue/config.py with its meaning and default. The same command again goes on from the newest
 checkpoint of train.run. SIGTERM, SIGINT or SIGUSR1 to any rank saves and ends the run.
@@ -27,17 +31,23 @@ second signal 128 + its number. docs/recovery.md has what happens when.""",
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher; the environment says it
     arguments = parser.parse_args()
+    # all ranks find the same mistake in the config, and those of a node the same on its disk: one line is enough
+    speaker = "LOCAL_RANK"
     try:
+        if Path(arguments.config).is_file():
+            speaker = "RANK"
         config = load_config(arguments.config, arguments.overrides)
+        speaker = "LOCAL_RANK"
         check_inputs(config)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get(speaker, "0") == "0":
             raise
-        sys.exit(2)  # every rank of a node found the same mistake, and one line is enough
+        sys.exit(2)
     # threads that spin while they wait slow down the ranks beside them; read when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from megakexue import dist
     from megakexue.run.guard import TrainingStopped
     from megakexue.run.preemption import Preempted
     from megakexue.run.train import train  # seconds of imports, which a mistake in the config should not cost
@@ -45,9 +55,12 @@ second signal 128 + its number. docs/recovery.md has what happens when.""",
     try:
         train(config)
     except TrainingStopped as stopped:
-        sys.exit(f"stopped: {stopped}")
+        dist.say_last(f"stopped: {stopped}")
+        sys.exit(1)
+    except UserError as error:
+        dist.say_last(f"error: {error}")
+        sys.exit(2)
     except Preempted as preempted:
-        sys.stdout.flush()
         os._exit(preempted.code)  # everything is closed; taking NCCL down may hang, and the cluster will not wait
     torch.distributed.destroy_process_group()
 

@@ -4,6 +4,9 @@ A launcher sets RANK, WORLD_SIZE, LOCAL_RANK and the address of rank 0; without 
 """
 
 import os
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -137,3 +140,32 @@ def count_over_ranks(flags: list[bool], group: Any) -> list[int]:
 def store() -> Any:
     """The key-value store by which the ranks have found one another: any thread may use it at any time."""
     return torch_dist.distributed_c10d._get_default_store()
+
+
+def say_last(message: str, patience_s: float = 3.0) -> None:
+    """Print on stderr why this rank ends. What the first rank says too, other ranks leave to it.
+
+    No collective: ranks that do not fail may be waiting elsewhere, so this one waits for `patience_s` at most.
+    """
+    is_first = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
+    if is_first:
+        print(message, file=sys.stderr, flush=True)
+    elif not _first_says(message, patience_s):
+        print(f"rank {torch_dist.get_rank()}: {message}", file=sys.stderr, flush=True)
+    if not is_first or not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return
+    with suppress(RuntimeError):
+        store().set("megakexue/last", message)
+        # the store is in this process, which stays until the others have read it
+        end = time.monotonic() + patience_s
+        while store().add("megakexue/read", 0) < torch_dist.get_world_size() - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _first_says(message: str, patience_s: float) -> bool:
+    with suppress(RuntimeError):  # the first rank has gone, or says nothing
+        store().wait(["megakexue/last"], timedelta(seconds=patience_s))
+        said = store().get("megakexue/last").decode()
+        store().add("megakexue/read", 1)
+        return said == message
+    return False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import load_config, require, run_program
+from megakexue.config import UserError, load_config, require, run_program
 from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
@@ -112,7 +112,11 @@ def main() -> None:
     try:
         train(config)
     except TrainingStopped as stopped:
-        sys.exit(f"stopped: {stopped}")
+        dist.say_last(f"stopped: {stopped}")
+        sys.exit(1)
+    except UserError as error:
+        dist.say_last(f"error: {error}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":
