@@ -588,8 +588,8 @@ class MetricsConfig:
     """Every so many steps, statistics of each tensor are recorded: the RMS of its weights, its update and its gradient,
     and how well the directions of the last two agree. None: off."""
     peak_tflops: float | None = None
-    """TFLOP/s of one device that MFU is measured against. None: from the data sheet of a known GPU; on CPU, from a
-    matrix product that is timed at the start."""
+    """TFLOP/s of one device that MFU is measured against. None: from the data sheet of a known GPU; on CPU, an
+    estimate: matrix products as large as the step's are timed at the start."""
 
     def __post_init__(self) -> None:
         positive(self, "metrics.every_steps")
