@@ -55,9 +55,14 @@ else
     ranks=$((n_gpus > 1 ? 2 : 1)) launcher=(deepspeed)
     where="$ranks rank(s), each on a GPU of its own: $gpu"
 fi
+for lock in $demo/{run,grown_run}/lock; do
+    if [ -e "$lock" ] && command -v flock >/dev/null && ! flock -n "$lock" true; then
+        fail "$lock is held by $(<"$lock"): another demo is training; end it first"
+    fi
+done
 mkdir -p $demo
 # what a demo makes; anything else in the folder is somebody's
-rm -rf $demo/{tokenizer.model,data,run,grown,grown_run,bundle,loss.png}
+rm -rf $demo/{tokenizer.model,tokenizer.json,data,run,grown,grown_run,bundle,loss.png}
 printf 'Every command can be pasted, after: cd %q && source .venv/bin/activate\n' "$PWD"
 
 step "1. a tokenizer from the text"

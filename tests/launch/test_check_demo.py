@@ -1,5 +1,6 @@
 """The demo: what it checks, deletes and shows. Its last step reports, and fails where a model has not learned."""
 
+import fcntl
 import os
 import re
 import shlex
@@ -110,7 +111,12 @@ def test_demo_checks_its_text_before_it_deletes(tmp_path: Path) -> None:
         done = demo.run("bash", "launch/demo.sh", "my texts", text)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error: no text '{text}': TEXT is one file, folder or glob")
-    assert demo.old() == ["bundle/old", "run/old", "wider/bundle"] and not (demo.root / "ran").exists()
+    (demo.root / "runs/demo/run/lock").write_text("pid 7 on here\n")
+    with open(demo.root / "runs/demo/run/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = demo.run("bash", "launch/demo.sh", "my texts")
+    assert done.stderr.startswith("error: runs/demo/run/lock is held by pid 7 on here: another demo is training")
+    assert demo.old() == ["bundle/old", "run/lock", "run/old", "wider/bundle"] and not (demo.root / "ran").exists()
     # by make's variable, by the environment, from another folder; a name that looks like a glob is a name
     for command, cwd, given in [
         (["make", "-s", "demo", "TEXT=my texts"], ".", "my texts"),
