@@ -75,8 +75,7 @@ def train(given: Config) -> None:
         if run.state.step != run.saves.saved:
             run.saves.save_and_wait(run.state)
         if run.state.step < config.train.steps:
-            where = f"stopped at step {run.state.step}, as train.stop_at_step says"
-            run.end(f"{where}; the same command without it goes on")
+            run.end(f"stopped at step {run.state.step} by train.stop_at_step; without it, the same command goes on")
         else:
             own = shlex.quote(str(run.folder))
             run.end(
