@@ -38,7 +38,7 @@ if [ $# -eq 0 ] && [ -n "${TEXT:-}" ]; then set -- "$TEXT"; fi
 if [ $# -eq 0 ]; then
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
     # modules and packages without their tests; pydoc_data holds the language reference
-    set -- "$stdlib/*.py" "$stdlib"/{asyncio,collections,concurrent,email,html,http,importlib,json,logging,multiprocessing,pydoc_data,unittest,urllib,xml}
+    set -- "$stdlib/*.py" "$stdlib"/{asyncio,collections,concurrent,email,html,http,importlib,json,logging,multiprocessing,pydoc_data,unittest,urllib,xml}"/**/*.py"
 fi
 texts=()
 for text in "$@"; do
@@ -62,7 +62,7 @@ for lock in $demo/{run,grown_run}/lock; do
 done
 mkdir -p $demo
 # what a demo makes; anything else in the folder is somebody's
-rm -rf $demo/{tokenizer.model,tokenizer.json,data,run,grown,grown_run,bundle,loss.png}
+rm -rf $demo/{tokenizer.{model,json,skipped.tsv},data,run,grown,grown_run,bundle,loss.png}
 printf 'Every command can be pasted, after: cd %q && source .venv/bin/activate\n' "$PWD"
 
 step "1. a tokenizer from the text"
