@@ -44,6 +44,16 @@ def run_python(code: str, *arguments: str, **options: Any) -> subprocess.Complet
     return subprocess.run([sys.executable, "-c", code, *arguments], text=True, capture_output=True, cwd=ROOT, **options)
 
 
+def run_git(repository: Path, *arguments: str) -> str:
+    """Run git in that repository and no other, whatever the user's settings and a hook's variables say."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    own = {"GIT_CEILING_DIRECTORIES": str(repository.parent), "GIT_CONFIG_GLOBAL": os.devnull}
+    settings = ["-c", "safe.directory=*", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    command = ["git", *settings, *arguments]
+    done = subprocess.run(command, cwd=repository, env=kept | own, capture_output=True, check=True)
+    return os.fsdecode(done.stdout)
+
+
 def run_with_mounts(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a shell script that may mount what nobody else sees; skip the test where that is not allowed."""
     unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]

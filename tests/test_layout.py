@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
+from tests.programs import run_git
 
 FOLDERS = {
     "": set(),
@@ -85,7 +86,30 @@ ARTICLES = {
     "9811", "9812", "9859", "9948", "10091", "10122",
 }  # fmt: skip
 """Of 科学空间, by the numbers of their addresses."""
-MODULES = {dotted(path): path for path in (ROOT / "megakexue").rglob("*.py") if path.stem != "__init__"}
+
+
+def tracked(root: Path = ROOT) -> list[Path]:
+    """The files of the repository, without what its user keeps beside them; in a tarball, those of its folders."""
+    try:
+        names = run_git(root, "ls-files", "-z").split("\0")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        folders = ("configs", "docs", "launch", "megakexue", "tests", "tools")
+        names = [str(path) for folder in folders for path in (root / folder).rglob("*")]
+    paths = [root / name for name in names]
+    return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
+
+
+FILES = tracked()
+PYTHON = [path for path in FILES if path.suffix == ".py"]
+DOCUMENTS = [ROOT / "README.md", *(path for path in FILES if path.suffix == ".md" and path.parent == ROOT / "docs")]
+
+
+def below(*folders: str) -> list[Path]:
+    """The Python files in some folders of the repository."""
+    return [path for path in PYTHON if path.relative_to(ROOT).parts[0] in folders]
+
+
+MODULES = {dotted(path): path for path in below("megakexue") if path.stem != "__init__"}
 
 
 def folder_of(module: str) -> str:
@@ -149,12 +173,18 @@ def tree(document: Path) -> set[str]:
 
 
 def real_files() -> set[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode:
-        pytest.skip("the sources are not in a git repository, so the real tree is not known")
-    return {path for path in listed.stdout.splitlines() if (ROOT / path).exists()}
+    return {path.relative_to(ROOT).as_posix() for path in FILES}
+
+
+def test_what_a_user_keeps_beside_the_code_is_not_looked_at(tmp_path: Path) -> None:
+    for name in ("tools/a.py", "tools/__pycache__/a.pyc", "runs2/first/config.yaml", "tools/mine.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    in_a_tarball = tracked(tmp_path)
+    assert [path.name for path in in_a_tarball] == ["a.py", "mine.py"]
+    run_git(tmp_path, "init", "--quiet")
+    run_git(tmp_path, "add", "tools/a.py")
+    assert tracked(tmp_path) == [tmp_path / "tools" / "a.py"]
 
 
 def test_readme_has_a_line_for_each_folder() -> None:
@@ -170,7 +200,7 @@ def test_design_has_a_line_for_each_file() -> None:
 
 
 def test_articles_are_links_at_their_first_use() -> None:
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         linked = set(re.findall(r"\[(\d{4,5})\]\(https://kexue\.fm/archives/\1\)", text))
         # plain numbers in parentheses, such as (8823) and (10091, DeepSeek-V2), are those of articles
@@ -184,26 +214,23 @@ def test_articles_are_links_at_their_first_use() -> None:
 def test_every_test_file_mirrors_a_module_or_a_program() -> None:
     tested = {
         ".".join([*path.relative_to(ROOT / "tests").parts[:-1], path.stem.removeprefix("test_")])
-        for path in (ROOT / "tests").rglob("test_*.py")
+        for path in below("tests")
+        if path.name.startswith("test_")
     }
-    programs = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for folder in ("launch", "tools")
-        for path in (ROOT / folder).rglob("*.py")
-    }
+    programs = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in below("launch", "tools")}
     assert tested <= set(MODULES) | programs | {"layout", "golden", "run.recovery"}
     assert set(MODULES) <= tested
 
 
 def test_documents_link_to_files_that_exist() -> None:
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
 def test_programs_are_executable_and_explain_themselves() -> None:
     shared = ROOT / "tools" / "experiments" / "common.py"
-    programs = {*(ROOT / "launch").rglob("*.py"), *(ROOT / "tools").rglob("*.py")} - {shared}
+    programs = {*below("launch", "tools")} - {shared}
     for path in programs:
         text = path.read_text(encoding="utf-8")
         assert path.stat().st_mode & 0o111 and text.startswith("#!/usr/bin/env python\n"), path

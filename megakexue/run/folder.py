@@ -2,7 +2,7 @@
 
 run/
   config.yaml        the merged config as used, scales resolved
-  source.txt         commit and hash of the uncommitted difference
+  source.txt         commit of the code, and a hash of how it differs from it
   deepspeed.json     what DeepSpeed was given
   tokenizer.model    a copy
   lock               held while a process trains here; says which
@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -29,8 +30,16 @@ from typing import Any
 
 from megakexue import __version__, dist
 from megakexue.config import ResolvedConfig, UserError, require, to_yaml
-from megakexue.files import sha256, write_json
+from megakexue.files import write_json
 from megakexue.run.records import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("megakexue", "launch", "tools", "configs")
+"""Folders whose files are code even before git tracks them."""
+HASHED_BYTES = 2**26
+"""Of files that differ from the commit, whose content is looked at."""
+GIT_S = 20
+"""Seconds that git may take for an answer."""
 
 log = logging.getLogger("megakexue")
 
@@ -110,22 +119,57 @@ def check_not_lost(run: Path, folder: Path | None, ranks: dist.Ranks) -> None:
     require(fault is None, str(fault))
 
 
-def source_version() -> str:
-    """The commit of this code and a hash of what is not committed; outside its own repository, the version."""
-    root = Path(__file__).resolve().parents[2]
+def source_version(root: Path = ROOT) -> str:
+    """The commit of the code in `root` and a hash of how it differs; where there is no commit, the version.
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
-
+    Code is what git tracks, and what it does not track in the folders of CODE: not a user's texts, data and runs beside
+    it. Whatever goes wrong with git or the files, a run must be able to start, and the text says what is not known.
+    """
+    version = f"megakexue {__version__}"
+    if not (root / ".git").exists():
+        return version
     try:
-        is_own = Path(git("rev-parse", "--show-toplevel").strip()) == root
-        commit, difference = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
-        new_files = git("ls-files", "--others", "--exclude-standard").splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        is_own = False
-    if not is_own:
-        return f"megakexue {__version__}"
-    difference += "".join(f"{name} {sha256(root / name)}" for name in new_files)
-    if difference:
-        commit += f" with uncommitted changes {hashlib.sha256(difference.encode()).hexdigest()[:12]}"
-    return commit
+        commit = _git(root, "rev-parse", "--verify", "HEAD").decode().strip()
+    except Exception:
+        return f"{version} (commit unknown)"
+    try:
+        difference = _difference(root)
+    except Exception:
+        return f"{commit} (state of its files unknown)"
+    return f"{commit} with uncommitted changes {difference}" if difference else commit
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    # the variables of a hook are about another repository; the files here are run already, whoever owns them
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    own = {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
+    settings = ["-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-c", "diff.autoRefreshIndex=true"]
+    return subprocess.run(
+        ["git", *settings, *arguments], cwd=root, env=kept | own, stdin=subprocess.DEVNULL, capture_output=True,
+        check=True, timeout=GIT_S,
+    ).stdout  # fmt: skip
+
+
+def _difference(root: Path) -> str:
+    """A hash of the files that are not as in the commit, by their names and content; "": there are none."""
+    changed = _git(root, "diff", "--name-only", "-z", "--no-renames", "--no-ext-diff", "HEAD", "--").split(b"\0")
+    new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE).split(b"\0")
+    entries, room = [], HASHED_BYTES
+    for name in sorted({*changed, *new} - {b""}):
+        path = root / os.fsdecode(name)
+        try:
+            info = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            content = b"removed"
+        else:
+            if stat.S_ISLNK(info.st_mode):
+                content = b"link to " + os.fsencode(path.readlink())
+            elif stat.S_ISREG(info.st_mode):
+                room -= info.st_size  # past the limit the size stands for the content: data among the code
+                content = b"%d " % info.st_size + (hashlib.sha256(path.read_bytes()).digest() if room >= 0 else b"")
+            elif name in changed:
+                content = b"no file"
+            else:
+                continue  # a repository of its own
+        entries.append(name + b"\0" + content)
+    return hashlib.sha256(b"\0".join(entries)).hexdigest()[:12] if entries else ""
