@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -61,8 +62,12 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     return value
 
 
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
 
 
 @contextmanager
@@ -94,16 +99,19 @@ def _touches(file: Path, place: Path) -> bool:
     return file.is_relative_to(place) or place.is_relative_to(file)
 
 
-def lock(file: IO[Any]) -> bool:
+def lock(file: IO[Any], *, wait: bool = False) -> bool:
     """Lock an open file for this process alone, until it is closed. False: its file system has no locks.
 
     The kernel frees the lock when the process ends, however it ends.
 
+    Args:
+        wait: until whoever holds it frees it.
+
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and `wait` is false.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in NO_LOCKS:
             return False
@@ -116,8 +124,24 @@ def require_new_file(option: str, path: Path, overwrite: bool) -> None:
     require(path.parent.is_dir(), f"{option} {path}: there is no folder {path.parent}")
     require(not path.is_dir(), f"{option} {path} is a folder: choose another name")
     require(overwrite or not path.exists(), f"{option} {path} exists: choose another name or add --overwrite")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: {path.parent} is read-only: choose another place")
+    require_writable(f"{option} {path}", path)
+
+
+def require_writable(name: str, path: Path) -> None:
+    """Refuse a path that cannot be written because its folder is read-only, before the work whose result it gets."""
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    require(os.access(folder, os.W_OK), f"{name}: {folder} is read-only: choose another place")
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a folder that is removed at the end. Raises UserError: there is no place for it, or it is full."""
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise UserError(f"no folder for temporary files: {error}: set TMPDIR to one that can be written") from error
+    with folder as name, writing(f"TMPDIR={Path(name).parent}", Path(name)):
+        yield Path(name)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -26,6 +26,8 @@ from megakexue.files import (
     write_json,
     write_whole,
 )
+from tests.conftest import Prepared
+from tests.helpers import ROOT, tiny_run
 from tests.programs import run_with_mounts
 
 
@@ -385,3 +387,84 @@ def test_verify_finds_other_bytes_by_their_hash(sealed: Path) -> None:
     message = r"sealed/a is damaged: its sha256 is not that of manifest\.json; copy the folder again"
     with pytest.raises(UserError, match=message):
         verify(sealed, 7)
+
+
+PROGRAMS = """
+import contextlib, io, json, os, runpy, sys, traceback
+from pathlib import Path
+
+root, results, environment = Path(sys.argv[1]), [], dict(os.environ)
+sys.path.insert(0, str(root / "tools" / "experiments"))
+for program, *arguments in json.load(sys.stdin):
+    sys.argv, err = [program, *arguments], io.StringIO()
+    os.environ.clear()
+    os.environ.update(environment)
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        sys.modules["torch"].distributed.destroy_process_group()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(root / program), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            code = traceback.format_exc()
+    results.append((code, err.getvalue()))
+json.dump(results, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+def test_every_program_says_which_place_cannot_be_written(prepared: Prepared, tmp_path: Path) -> None:
+    """On a real full disk and on a read-only one, one line with the place and the remedy; and nothing is left."""
+    full, closed, run = tmp_path / "full", tmp_path / "closed", tmp_path / "run"
+    bundle, data, tokenizer = tmp_path / "bundle", str(prepared.data), str(prepared.tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(map(str, range(300_000))))
+    tiny = str(ROOT / "configs" / "tiny_gqa.yaml")
+    options = tiny_run(prepared, run, "train.steps=2", "checkpoint.every_steps=2", "evaluate.every_steps=null")
+    # what can be written is; then what cannot
+    commands: list[list[str]] = [
+        ["launch/train.py", tiny, *options],
+        ["tools/export_model.py", str(run), "--out", str(bundle)],
+    ]
+    n_good = len(commands)
+    for place in (full, closed):
+        out = str(place / "out")
+        commands += [
+            ["tools/prepare_data.py", str(text), "--tokenizer", tokenizer, "--seq-len", "64", "--processes", "1",
+             "--out", out],
+            ["launch/train.py", tiny, *options, f"train.run={out}"],
+            ["tools/export_model.py", str(run), "--out", out],
+            ["tools/grow_model.py", str(run), "--config", tiny, "--out", out, *options, "model.d_ff=64"],
+            ["tools/evaluate.py", str(bundle), data, "--n-rows", "1", "--json", f"{out}.json"],
+            ["tools/plot_run.py", str(run), "--out", f"{out}.png"],
+            ["tools/compare_losses.py", "--write-golden", f"{out}.txt", str(run)],
+            ["tools/rope_base.py", "--d-rotary", "32", "--context", "256", "--plot", f"{out}.png"],
+            ["tools/experiments/growth_axes.py", "--out", f"{out}.png"],
+        ]  # fmt: skip
+    commands += [
+        ["launch/train.py", tiny, *options, f"train.run={closed / 'run'}"],
+        ["tools/verify_resume.py", tiny, *options, "--steps", "2", "train.steps=4", "--out", f"{closed}/out"],
+        ["tools/replay_step.py", str(run), "--json", f"{closed}/out.json"],
+        ["tools/benchmarks/save.py", tiny, "--out", f"{closed}/out"],
+        ["tools/benchmarks/grow.py", tiny, tiny, "--scratch", f"{closed}/out"],
+    ]
+    script = """
+    mkdir $1/full $1/closed; mount -t tmpfs -o size=64k none $1/full; mount -t tmpfs none $1/closed
+    mkdir -p $1/closed/run/logs; touch $1/closed/run/lock; mount -o remount,ro $1/closed
+    head -c 1M /dev/zero > $1/full/filled 2> /dev/null || true
+    "$2" -c "$3" $4
+    echo left: $(ls -A $1/full) $(ls -A $1/closed) >&2"""
+    names = (str(tmp_path), sys.executable, PROGRAMS, str(ROOT))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_with_mounts(script, *names, input=json.dumps(commands), env=environment)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert [code for code, _ in results[:n_good]] == [0] * n_good, results[:n_good]
+    for command, (code, err) in zip(commands[n_good:], results[n_good:], strict=True):
+        place = full if any(str(full) in word for word in command) else closed
+        last = err.splitlines()[-1] if err else ""
+        assert code == 2 and last.startswith("error: ") and str(place) in last, (command, code, err)
+        assert ("make room" in last) == (place == full) and "Traceback" not in err, err
+    assert done.stderr.splitlines()[-1] == "left: filled run"

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from megakexue.config import UserError, require, run_program
-from megakexue.files import write_whole
+from megakexue.files import require_new_file, write_whole
 from megakexue.run.records import StepRecord, read_metrics
 
 EPILOG = """\
@@ -50,8 +50,7 @@ def read_losses(path: Path) -> dict[int, float]:
 def write_golden(path: Path, run: Path, *, overwrite: bool) -> None:
     losses = read_losses(run)
     require(len(losses) > 0, f"{run}: holds no training step")
-    require(overwrite or not path.exists(), f"{path} exists: choose another name or add --overwrite")
-    require(path.parent.is_dir(), f"{path.parent}: no such folder: make it first")
+    require_new_file("--write-golden", path, overwrite)
     write_whole(path, "".join(f"{step} {loss!r}\n" for step, loss in losses.items()))
     print(f"wrote {len(losses)} steps to {path}")
 

@@ -4,7 +4,6 @@
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megakexue import __version__
 from megakexue.config import DataConfig, ResolvedConfig, SourceConfig, load_config, require, run_program
-from megakexue.files import sha256
+from megakexue.files import sha256, temporary_folder
 from megakexue.text.manifest import check_inputs
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def held_out_batch(data: DataConfig) -> "Batch":
 
     seq_len, n_rows = min(data.seq_len, VERIFIED_TOKENS), max(1, VERIFIED_TOKENS // data.seq_len)
     data = dataclasses.replace(data, sources=[SourceConfig(path=s.path) for s in data.sources])
-    with tempfile.TemporaryDirectory() as cache:
+    with temporary_folder() as cache:
         batches = Batches(
             data, split="valid", global_batch_size=n_rows, micro_batch_size=n_rows, ranks=ALONE,
             cache=Path(data.cache or cache),

@@ -5,7 +5,6 @@ import argparse
 import datetime
 import io
 import math
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megakexue.config import Status, UserError, require, run_program
-from megakexue.files import require_new_file
+from megakexue.files import require_new_file, write_whole
 from megakexue.run.metrics import human_count
 from megakexue.run.records import StepRecord, ValidationRecord, read_metrics
 
@@ -147,10 +146,10 @@ def plot(runs: list[Run], baselines: dict[str, float], out: Path) -> None:
             loss.annotate(text, (1, value), (0, 3), xycoords=place, textcoords="offset points", ha="right")
         label_panels(loss, norm, lr)
         figure.align_ylabels()
-        temporary = out.with_name(out.name + ".tmp")
-        figure.savefig(temporary, format="png", dpi=150)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
         plt.close(figure)
-    os.replace(temporary, out)
+    write_whole(out, picture.getvalue())
     print(f"wrote {out}")
 
 

@@ -2,7 +2,7 @@
 """Find the RoPE bases that serve a context by the bound rule, check a base, draw the rule, write the shipped table."""
 
 import argparse
-import os
+import io
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +109,10 @@ def plot(d_rotary: int, context: int, n_unrotated: int, base: float | None, out:
     axes.set_ylabel(r"$f_b(m) = \sum_i \cos(m\,b^{-2i/d})$" + (f" + {n_unrotated}" if n_unrotated else ""))
     axes.margins(x=0.01)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3)
-    temporary = out.with_name(out.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
     plt.close(figure)
-    os.replace(temporary, out)
+    write_whole(out, picture.getvalue())
     print(f"wrote {out}")
 
 

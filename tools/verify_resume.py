@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megakexue.config import PREEMPTED, Config, UserError, load_config, require, run_program, to_yaml
-from megakexue.files import write_whole
+from megakexue.files import require_writable, write_whole, writing
 from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
@@ -405,6 +405,7 @@ def parse_arguments() -> argparse.Namespace:
     name = f"{Path(args.config).stem}_{time.strftime('%Y%m%d_%H%M%S')}"
     args.out = args.out or Path("runs", "verify_resume", name)
     require(args.save_again or not args.out.exists(), f"--out {args.out} exists: choose another name")
+    require_writable(f"--out {args.out}", args.out)
     return args
 
 
@@ -460,9 +461,11 @@ def main() -> None:
     are_equal, sources = True, set()
     for case in cases:
         try:
-            is_equal, said = case.run()
+            with writing(f"--out {args.out}", args.out):
+                is_equal, said = case.run()
         except UserError as error:
-            raise UserError(f"{case.name}: {error}\nnothing was proved; the folders are kept in {args.out}") from error
+            kept = f"; the folders are kept in {args.out}" if args.out.exists() else ""
+            raise UserError(f"{case.name}: {error}\nnothing was proved{kept}") from error
         are_equal, lines = are_equal and is_equal, [*lines, *said]
         sources |= {(case.folder / run / "source.txt").read_text().strip() for run in ("straight", "stopped")}
         if is_equal and not args.keep:

@@ -32,7 +32,7 @@ from megakexue.core.axes import axes, parameter_names, shape
 from megakexue.core.optim import state_dtypes
 from megakexue.core.resolve import resolve
 from megakexue.core.segments import Segment
-from megakexue.files import LOCK, new_folder, seal, verify, write_json
+from megakexue.files import LOCK, new_folder, require_writable, seal, verify, write_json
 from megakexue.text.tokenizer import Tokenizer
 
 SHARD_BYTES = 2 * 2**30
@@ -152,7 +152,8 @@ def _save(shard: dict[str, Tensor], path: Path) -> None:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, unless it is a bundle that shall be replaced. Raises UserError."""
+    """Refuse to write where nothing can be, or something is, but a bundle that shall be replaced. Raises UserError."""
+    require_writable(f"--out {out}", out)
     if os.path.lexists(out):
         require(overwrite, f"{out} exists: choose another name, or add --overwrite")
         require(is_bundle(out), f"{out} is no bundle, so --overwrite does not remove it: choose another name")

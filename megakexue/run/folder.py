@@ -14,23 +14,22 @@ run/
   cache/             shards of remote sources
 """
 
-import fcntl
 import hashlib
 import logging
 import os
-import shutil
 import socket
 import stat
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megakexue import __version__, dist
 from megakexue.config import ResolvedConfig, UserError, require, to_yaml
-from megakexue.files import write_json
+from megakexue.files import WITHOUT_LOCKS, json_text, lock, write_whole, writing
 from megakexue.run.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,45 +43,57 @@ GIT_S = 20
 log = logging.getLogger("megakexue")
 
 
+@contextmanager
+def together(run: Path, ranks: dist.Ranks) -> Iterator[None]:
+    """Write into the run folder; where one rank cannot, all of them end, and none waits for it. A collective.
+
+    Raises:
+        UserError: on all ranks, the first failure, and of which rank if others have not failed.
+    """
+    failure: Exception | None = None
+    try:
+        with writing(f"train.run={run}", run):
+            yield
+    except Exception as error:  # whatever it is, the others must not be left waiting
+        failure = error
+    failures = dist.gather({str(ranks.rank): str(failure) or repr(failure)} if failure else {})
+    if failure and not isinstance(failure, UserError):
+        raise failure
+    for rank, text in failures.items():
+        raise UserError(text if len(failures) == ranks.world_size else f"rank {rank}: {text}") from failure
+
+
 def open_run(run: Path, ranks: dist.Ranks, stack: ExitStack) -> None:
     """Take the run folder for this run alone, and send this rank's log and traceback to it.
 
     Raises:
-        UserError: the folder cannot be made, another run is using it, or the nodes do not share it.
+        UserError: the folder cannot be made or written, another run is using it, or the nodes do not share it.
     """
-    try:
+    token, warning = "", None
+    path = run / "logs" / f"rank_{ranks.rank}.log"
+    with together(run, ranks):
         (run / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"train.run={run}: cannot make the run folder: {error}") from error
-    token = ""
-    if ranks.is_first:
-        lock = stack.enter_context(open(run / "lock", "a+", encoding="utf-8"))
-        try:
-            # the kernel frees the lock when the process ends, however it ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            token = f"in use by {lock.read().strip()}"
-        else:
-            token = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
-            lock.truncate(0)
-            lock.write(token + "\n")
-            lock.flush()
+        if ranks.is_first:
+            token, warning = _take(run, stack)
     token = dist.gather({"token": token} if ranks.is_first else {})["token"]
-    require(not token.startswith("in use"), f"train.run={run} is {token}: end that run first, or choose another folder")
-    own = (run / "lock").read_text(encoding="utf-8").strip() if (run / "lock").exists() else ""
+    with together(run, ranks):
+        own = (run / "lock").read_text(encoding="utf-8").strip() if (run / "lock").exists() else ""
     strangers = dist.gather({socket.gethostname(): True} if own != token else {})
     require(
         not strangers,
         f"train.run={run} is not the same folder on {sorted(strangers)} as on the first node: put it on a file system "
         "that all nodes share",
     )
-    handler = logging.FileHandler(run / "logs" / f"rank_{ranks.rank}.log", encoding="utf-8")
+    with together(run, ranks), open(path, "ab", buffering=0) as file:
+        file.write(f"{time.strftime('%F %T')} pid {os.getpid()}: {' '.join(sys.argv)}\n".encode())
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.info("pid %d: %s", os.getpid(), " ".join(sys.argv))
+    if warning:
+        log.warning(warning)
+        print(f"WARNING: {warning}", flush=True)
 
     def record(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         log.error("failed", exc_info=(kind, error, trace))
@@ -91,32 +102,66 @@ def open_run(run: Path, ranks: dist.Ranks, stack: ExitStack) -> None:
     sys.excepthook = record
 
 
+def _take(run: Path, stack: ExitStack) -> tuple[str, str | None]:
+    """Lock the run folder; return what the file `lock` says now, and a warning where there are no locks."""
+    # without a buffer, since what a full disk has not taken would be written again when the file is closed
+    file = stack.enter_context(open(run / "lock", "a+b", buffering=0))
+    try:
+        has_lock = lock(file)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().decode(errors="replace").strip()
+        message = f"train.run={run} is in use by {holder}: end that run first, or choose another folder"
+        raise UserError(message) from error
+    token = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}"
+    try:
+        file.truncate(0)
+        file.write(f"{token}\n".encode())
+    except OSError:
+        with suppress(OSError):  # leave nothing of a run that never began
+            (run / "lock").unlink()
+            (run / "logs").rmdir()
+            run.rmdir()
+        raise
+    return token, None if has_lock else f"train.run={run} {WITHOUT_LOCKS.format('run in it')}"
+
+
+class _LogFile(logging.FileHandler):
+    """The log of a rank. On a disk that is full, its lines wait for room, as the records do."""
+
+    is_full = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.is_full:
+            self.is_full = True
+            print(f"WARNING: {self.baseFilename} cannot be written, and waits: {error}: make room", flush=True)
+
+
 def describe_run(run: Path, config: ResolvedConfig, deepspeed_config: dict[str, Any], source: str) -> None:
-    """Write what this run is into its folder; the newest start counts."""
-    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (run / "source.txt").write_text(source + "\n", encoding="utf-8")
-    write_json(run / "deepspeed.json", deepspeed_config)
-    shutil.copyfile(config.data.tokenizer, run / "tokenizer.model")
+    """Write what this run is into its folder; the newest start counts. Raises UserError: it cannot be written."""
+    write_whole(run / "config.yaml", to_yaml(config))
+    write_whole(run / "source.txt", source + "\n")
+    write_whole(run / "deepspeed.json", json_text(deepspeed_config))
+    write_whole(run / "tokenizer.model", Path(config.data.tokenizer).read_bytes())  # which may be this very file
 
 
 def check_not_lost(run: Path, folder: Path | None, ranks: dist.Ranks) -> None:
     """Refuse to start over where checkpoints have been; a run that was killed before its first one has none."""
-    checkpoints, fault = run / "checkpoints", None
-    if ranks.is_first and folder is None:
-        try:
+    checkpoints = run / "checkpoints"
+    with together(run, ranks):
+        if ranks.is_first and folder is None:
             had_some = not checkpoints.is_dir() or (checkpoints / "latest").exists()
             records = read_metrics(run) if had_some and (run / "metrics.jsonl").exists() else []
-            if records:
-                fault = (
-                    f"train.run={run} has metrics up to step {max(r.step for r in records)} but no checkpoint: restore "
-                    f"{checkpoints}, or choose another train.run"
-                )
-            else:
-                checkpoints.mkdir(exist_ok=True)
-        except (UserError, OSError) as error:  # the others must not be left waiting
-            fault = str(error)
-    fault = dist.gather({"fault": fault} if ranks.is_first else {})["fault"]
-    require(fault is None, str(fault))
+            last = max((record.step for record in records), default=0)
+            require(
+                not records,
+                f"train.run={run} has metrics up to step {last} but no checkpoint: restore {checkpoints}, or choose "
+                "another train.run",
+            )
+            checkpoints.mkdir(exist_ok=True)
 
 
 def source_version(root: Path = ROOT) -> str:

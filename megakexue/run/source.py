@@ -13,17 +13,15 @@ never written.
 """
 
 import errno
-import fcntl
 import hashlib
 import itertools
 import logging
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +35,7 @@ from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
 from megakexue.config import DataConfig, SourceConfig, UserError, require
+from megakexue.files import lock, temporary_folder, writing
 from megakexue.text.manifest import Manifest, check_tokenizer, read_manifest
 
 log = logging.getLogger("megakexue")
@@ -90,6 +89,8 @@ class Source:
             except Exception as error:  # each downloader raises its own kinds
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 if attempt == self.n_attempts:
+                    if isinstance(error, UserError):
+                        raise  # the cache, not the storage
                     raise UserError(
                         f"data source {self.path}: cannot read {what} after {attempt} attempts ({reason}): "
                         "check the path, the access rights and the network, or prepare the data again"
@@ -103,8 +104,8 @@ class Source:
         raise AssertionError
 
     def _read_manifest(self) -> Manifest:
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "manifest.json"
+        with temporary_folder() as folder:
+            target = folder / "manifest.json"
             arguments = f"{self.remote}/manifest.json", str(target), self.config.download_timeout_s
             self._attempt("manifest.json", lambda: CloudDownloader.get(self.remote).download(*arguments))
             manifest = read_manifest(self.path, target)
@@ -113,9 +114,9 @@ class Source:
 
     def _read_index(self) -> list[MDSReader]:
         """Read the shard index anew at each start, so that a cache never outlives the data it was filled from."""
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             alone = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-            get_shards = partial(self._stream(folder).get_shards, alone, allow_unsafe_types=False)
+            get_shards = partial(self._stream(str(folder)).get_shards, alone, allow_unsafe_types=False)
             readers = self._attempt(f"{self.split}/index.json", get_shards)
         shards = [reader for reader in readers if isinstance(reader, MDSReader)]
         require(shards == readers, f"data source {self.path}: {self.split} is not in MDS format: prepare it again")
@@ -150,12 +151,16 @@ class Source:
 
     def _locked(self, path: Path) -> AbstractContextManager[None]:
         """Hold the lock of a shard of the cache: for downloading it, and for discarding a damaged copy."""
-        return locked(self.cache / "locks" / self._name(path))
+        return locked(self.cache, self._name(path))
 
     def _name(self, path: Path) -> str:
         return f"{self.folder.parent.name}-{self.split}-{path.name}".replace("/", "-")
 
     def _download(self, index: int, path: Path) -> None:
+        with writing(f"data.cache={self.cache}", self.cache):
+            self._download_into_cache(index, path)
+
+    def _download_into_cache(self, index: int, path: Path) -> None:
         shard = self.shards[index]
         if self.cache_limit is not None:
             evict(self.cache, self.cache_limit - shard.get_max_size())
@@ -211,8 +216,8 @@ def is_touched(path: Path) -> bool:
     """Mark a file as just used, for `evict`; False when there is none."""
     try:
         os.utime(path)
-    except FileNotFoundError:
-        return False
+    except OSError:
+        return path.exists()  # in a cache that others may only read, it is used without a mark
     return True
 
 
@@ -225,11 +230,21 @@ def is_intact(file: int, shard: MDSReader) -> bool:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock among the processes and threads of this node. The kernel frees it when the holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def locked(cache: Path, name: str) -> Iterator[None]:
+    """Hold a lock of the cache among the processes and threads of this node. The kernel frees it when the holder dies.
+
+    Raises:
+        UserError: the cache cannot be written, or its file system has no locks.
+    """
+    with ExitStack() as stack:
+        with writing(f"data.cache={cache}", cache):
+            (cache / "locks").mkdir(parents=True, exist_ok=True)
+            has_lock = lock(stack.enter_context(open(cache / "locks" / name, "w")), wait=True)
+        require(
+            has_lock,
+            f"data.cache={cache} is on a file system without locks (flock), by which the ranks share downloads: set "
+            "data.cache to a folder on a local disk",
+        )
         yield
 
 
@@ -238,7 +253,7 @@ def evict(cache: Path, limit: int) -> None:
 
     Downloads under way do not count, so the cache may pass its limit by one shard for each rank of the node.
     """
-    with locked(cache / "locks" / "evict"):
+    with locked(cache, "evict"):
         shards = []
         for path in (cache / "shards").rglob("*.mds"):
             with suppress(FileNotFoundError):  # a damaged one that its reader has just deleted

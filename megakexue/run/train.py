@@ -26,7 +26,7 @@ from megakexue.core.schedule import lr_factor
 from megakexue.run import checkpoint
 from megakexue.run.data import Batches, Interrupted
 from megakexue.run.engine import Engine, StepResult, start
-from megakexue.run.folder import check_not_lost, describe_run, open_run, source_version
+from megakexue.run.folder import check_not_lost, describe_run, open_run, source_version, together
 from megakexue.run.guard import TrainingStopped
 from megakexue.run.metrics import Metrics
 from megakexue.run.preemption import Interruption, Preemption
@@ -168,10 +168,12 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
     begun = start_run(found, engine, config, data, source)
     load_emo_rows(engine, config, begun.state.init_bundle)
     metrics, peak = None, 0.0
-    if ranks.is_first:
-        describe_run(folder, config, engine.deepspeed_config, source)
-        at = {"resume_step": begun.state.step, "validated": begun.state.validated}
-        metrics = stack.enter_context(Metrics(folder, config.metrics, n_steps=config.train.steps, **at))
+    at = {"resume_step": begun.state.step, "validated": begun.state.validated}
+    with together(folder, ranks):
+        if ranks.is_first:
+            describe_run(folder, config, engine.deepspeed_config, source)
+            metrics = stack.enter_context(Metrics(folder, config.metrics, n_steps=config.train.steps, **at))
+    if metrics:
         shapes = product_shapes(config.model, config.train.micro_batch_size * config.data.seq_len)
         peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype, shapes)
         more = {

@@ -1,12 +1,16 @@
 """The run folder: one run at a time, and never begun anew where checkpoints have been; and which code runs in it."""
 
+import contextlib
+import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +19,7 @@ from megakexue import __version__
 from megakexue.config import Config, UserError
 from megakexue.run.folder import source_version
 from tests.conftest import Prepared
-from tests.helpers import ROOT, tiny_config
+from tests.helpers import ROOT, outcomes, tiny_config
 from tests.programs import run_git
 from tests.ranks import run_on_ranks
 
@@ -47,6 +51,57 @@ def test_two_runs_do_not_share_a_folder(prepared: Prepared, tmp_path: Path) -> N
         fcntl.flock(lock, fcntl.LOCK_EX)
         (message,) = run_on_ranks(1, train_expecting, tiny_config(prepared, tmp_path))
     assert "is in use by pid 7 on another: end that run first, or choose another folder" in message
+
+
+def train_in_bad_folders(configs: list[Config]) -> list[str]:
+    """What each run ends with; the last one is on a file system without locks."""
+    ends = outcomes(configs[:-1])
+
+    def no_locks(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    fcntl.flock = no_locks
+    return ends + outcomes(configs[-1:])
+
+
+def test_a_folder_that_one_rank_cannot_write_ends_all(
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = ("its log", "the lock", "a full disk", "the records", "without locks")
+    runs = {name: tmp_path / name.replace(" ", "_") for name in names}
+    for run in runs.values():
+        (run / "logs").mkdir(parents=True)
+    (runs["its log"] / "logs" / "rank_1.log").mkdir()
+    (runs["the lock"] / "lock").mkdir()
+    (runs["a full disk"] / "logs" / "rank_0.log").symlink_to("/dev/full")
+    (runs["the records"] / "metrics.jsonl.tmp").mkdir()
+    options = ("train.steps=2", "evaluate.every_steps=null")
+    configs = [tiny_config(prepared, run, *options) for run in runs.values()]
+    first, second = run_on_ranks(2, train_in_bad_folders, configs)
+    assert first == second
+    whose = {"its log": 1, "the lock": 0, "a full disk": 0, "the records": 0}
+    for (name, rank), message in zip(whose.items(), first):
+        assert message.startswith(f"rank {rank}: ") and str(runs[name]) in message, message
+        remedy = "No space left on device: make room there" if name == "a full disk" else "Is a directory: choose"
+        assert f" cannot be written: {remedy}" in message, message
+    assert first[-1] == "" and (runs["without locks"] / "checkpoints" / "latest").exists()
+    warnings = [line for line in capfd.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert warnings == [
+        f"WARNING: train.run={runs['without locks']} is on a file system without locks (flock): a second run in it at "
+        "the same time would not be noticed"
+    ]
+
+
+def test_a_log_on_a_full_disk_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rank_0.log").symlink_to("/dev/full")
+    handler = folder._LogFile(tmp_path / "rank_0.log")
+    for _ in range(3):
+        handler.handle(logging.LogRecord("megakexue", logging.INFO, "", 0, "a line", None, None))
+    with contextlib.suppress(OSError):
+        handler.close()
+    out, err = capsys.readouterr()
+    full = "cannot be written, and waits: [Errno 28] No space left on device: make room"
+    assert out == f"WARNING: {tmp_path}/rank_0.log {full}\n" and err == ""
 
 
 # ------------------------------------------------------------------------------------------------------ source_version

@@ -1,10 +1,13 @@
 """Sources: what users get wrong, downloads that fail, damaged shards, and the limit of the cache."""
 
+import errno
+import fcntl
 import os
 import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from streaming.base.format.mds import MDSReader
@@ -181,3 +184,28 @@ def test_compressed_shards_go_through_the_cache(tmp_path: Path) -> None:
     batches = open_batches(data_config(tmp_path / "a"), tmp_path / "cache", global_batch_size=40)
     assert sorted(tokens_of([batches.next_step()])) == sorted(rows[:, :-1].tolist())
     assert sorted(path for path in (tmp_path / "a").rglob("*")) == before
+
+
+def test_a_cache_that_cannot_be_written_or_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    write_source(tmp_path / "a", 10)
+    config = data_config(f"file://{tmp_path / 'a'}")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache=.*file cannot be written: (Not a d|File e).*: choose anot"):
+        open_batches(config, tmp_path / "file").next_step()
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^data\.cache=\S+ cannot .*left.*: make room"):
+        patch.setattr(source_module.os, "replace", full)
+        open_batches(config, tmp_path / "cache").next_step()
+    assert waits
+
+    def no_locks(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"data\.cache=.* without locks \(flock\).*: set data\.cache to a folder"):
+        open_batches(config, tmp_path / "cache").next_step()

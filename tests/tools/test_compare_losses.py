@@ -85,7 +85,7 @@ def test_existing_golden_is_kept_unless_told(tmp_path: Path) -> None:
     golden.write_text("1 7.0\n")
     result = tool("--write-golden", golden, run)
     assert (result.returncode, golden.read_text()) == (2, "1 7.0\n")
-    assert result.stderr == f"error: {golden} exists: choose another name or add --overwrite\n"
+    assert result.stderr == f"error: --write-golden {golden} exists: choose another name or add --overwrite\n"
     assert tool("--write-golden", golden, run, "--overwrite").returncode == 0
     assert golden.read_text() == "1 1.0\n"
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_compared_exits_2(tmp_path: Path) -> None:
         ((run,), "1 runs given: a comparison takes two, --write-golden one"),
         ((run, run, "--write-golden", late), "2 runs given: a comparison takes two, --write-golden one"),
         ((empty, "--write-golden", tmp_path / "new.txt"), f"{empty}: holds no training step"),
-        ((run, "--write-golden", nowhere), f"{nowhere.parent}: no such folder: make it first"),
+        ((run, "--write-golden", nowhere), f"--write-golden {nowhere}: there is no folder {nowhere.parent}"),
     ]
     ends = run_without_torch(TOOL, [list(map(str, arguments)) for arguments, _ in cases])
     for (code, out, err), (arguments, message) in zip(ends, cases, strict=True):

@@ -9,10 +9,12 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megakexue.config import load_config, require, run_program
+from megakexue.files import writing
 
 N_TOKENS = 512  # as tools/grow_model.py compares, but random
 
@@ -83,7 +85,7 @@ def grow(config_path: Path, overrides: list[str], scratch: Path) -> None:
 def measure(function: Callable[..., None], *arguments: Any) -> int:
     """Run a function in a process of its own; print its time, and return its peak of resident bytes."""
     began = time.perf_counter()
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(target=run_program, args=(partial(function, *arguments),))
     process.start()
     peak, page = 0, resource.getpagesize()
     while process.is_alive():
@@ -112,12 +114,15 @@ def print_bound(bundle: Path, peak: int) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    args.scratch.mkdir(parents=True)
+    name = f"--scratch {args.scratch}"
+    with writing(name, args.scratch):
+        args.scratch.mkdir(parents=True)
     try:
-        if args.tokenizer:
-            shutil.copyfile(args.tokenizer, args.scratch / "tokenizer.model")
-        else:
-            (args.scratch / "tokenizer.model").touch()
+        with writing(name, args.scratch):
+            if args.tokenizer:
+                shutil.copyfile(args.tokenizer, args.scratch / "tokenizer.model")
+            else:
+                (args.scratch / "tokenizer.model").touch()
         measure(write_source, args.source, args.scratch)
         peak = measure(grow, args.target, args.overrides, args.scratch)
         print_bound(args.scratch / "large", peak)

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import sentencepiece
 
 from megakexue.config import require, run_program
+from megakexue.files import temporary_folder
 from megakexue.text.tokenizer import train_tokenizer
 
 PROGRAM = Path(__file__).parents[1] / "prepare_data.py"
@@ -150,8 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     require(options.megabytes > 0, f"--megabytes {options.megabytes} must be positive")
     require(options.rounds > 0, f"--rounds {options.rounds} must be positive")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         documents = write_corpus(folder / "corpus", options.megabytes * 1_000_000)
         n_bytes = sum(map(len, documents))
         print(f"{len(documents):,} documents, {n_bytes:,} bytes, {options.processes} processes")

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megakexue.config import Config, load_config, require, run_program
+from megakexue.config import Config, UserError, load_config, require, run_program
+from megakexue.files import require_writable
 
 if TYPE_CHECKING:
     from megakexue.core.batch import Batch
@@ -127,6 +128,7 @@ def main() -> None:
         not args.out.exists() or os.environ.get("RANK", "0") != "0",
         f"--out {args.out} exists: choose another folder, which is made and removed",
     )
+    require_writable(f"--out {args.out}", args.out)
 
     import torch
 
@@ -137,9 +139,14 @@ def main() -> None:
     ranks = start(config.engine)
     engine = Engine(resolve_config(config), ranks)
     engine.load_new(seed=0)
-    times = measure(engine, make_batch(config, ranks.rank), args.out, args.rounds)
+    try:
+        times = measure(engine, make_batch(config, ranks.rank), args.out, args.rounds)
+    except OSError as error:  # on all ranks alike, and saying why
+        raise UserError(f"--out {args.out}: {error}: make room there, or choose another place") from error
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(args.out, ignore_errors=True)
     if ranks.is_first:
-        shutil.rmtree(args.out)
         report(engine, times)
     dist.barrier()
     torch.distributed.destroy_process_group()

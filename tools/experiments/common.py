@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megakexue.files import read_json
+from megakexue.files import read_json, writing
 from megakexue.run.records import StepRecord, ValidationRecord, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,8 @@ def train(run: Run, out: Path, *, title: str | None = None, hidden: str = NOISE)
         return
     heading(title or run.name)
     call(run.command(out), hidden=hidden)
-    done.touch()
+    with writing(str(out), out):
+        done.touch()
 
 
 def copy_sources(folder: Path, text: Path, *, max_bytes: float = float("inf")) -> None:
@@ -86,8 +87,9 @@ def copy_sources(folder: Path, text: Path, *, max_bytes: float = float("inf")) -
     for path in folder.rglob("*.py"):
         inside = path.relative_to(folder)
         if not any(part.endswith("-packages") for part in inside.parts) and path.stat().st_size <= max_bytes:
-            (text / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, text / inside)
+            with writing(str(text), text):
+                (text / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, text / inside)
 
 
 def make_text(out: Path, *, vocab_size: int = 4096) -> None:

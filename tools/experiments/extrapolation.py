@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import ROOT, TEXT_TITLE, Run, call, data_of, heading, make_text, prepare_data, table, train
 from megakexue.config import run_program
-from megakexue.files import read_json
+from megakexue.files import read_json, writing
 
 EPILOG = """\
 Everything is written under runs/extrapolation. On one idle core it takes about an hour. Started again, it goes on where
@@ -71,8 +71,9 @@ def main() -> None:
     ).parse_args()
     os.chdir(ROOT)
     bundles, losses = OUT / "bundles", OUT / "losses"
-    bundles.mkdir(parents=True, exist_ok=True)
-    losses.mkdir(exist_ok=True)
+    with writing(str(OUT), OUT):
+        bundles.mkdir(parents=True, exist_ok=True)
+        losses.mkdir(exist_ok=True)
     heading(f"1. {TEXT_TITLE}")
     if not (OUT / "long").is_dir():
         make_text(OUT)

@@ -16,6 +16,7 @@ from pathlib import Path
 from common import NOISE, ROOT, TEXT_TITLE, Run, call, copy_sources, data_of, heading, make_text, prepare_data, train
 from growth_table import OPTIMIZERS, SHAPES, report
 from megakexue.config import run_program
+from megakexue.files import writing
 
 EPILOG = """\
 Everything is written under runs/growth; two idle cores, an optimizer each, take about an hour and a quarter. --size 20m
@@ -195,7 +196,8 @@ def make(step: Run | Growth, out: Path) -> None:
     if isinstance(step, Run):
         train(step, out, hidden=f"{NOISE}|^step")
     elif not step.bundle(out).is_dir():
-        step.bundle(out).parent.mkdir(parents=True, exist_ok=True)
+        with writing(str(out), out):
+            step.bundle(out).parent.mkdir(parents=True, exist_ok=True)
         call(step.command(out))
 
 

@@ -5,11 +5,12 @@ d_model 4 -> 6, units 4 -> 6, heads 2 -> 3 of width 4 -> 8, vocabulary 5 -> 7. I
 """
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
 from megakexue.config import ModelConfig, ResolvedModel, RopeConfig, require, run_program
-from megakexue.files import require_new_file
+from megakexue.files import require_new_file, write_whole
 
 EPILOG = """\
 example:
@@ -67,7 +68,9 @@ def draw(path: Path) -> None:
         line[0].set_ylabel(label, fontsize=9)
     figure.text(0.01, 0.01, "Rows are outputs, columns inputs. Grey is zero.", fontsize=9)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
-    figure.savefig(path, dpi=70)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=70)
+    write_whole(path, png.getvalue())
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from scratch; the second has the same for the training loss soon after growth.
 """
 
 import argparse
+import io
 import math
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from common import step_records, table, validation_loss
 from megakexue.config import load_config, require, run_program
+from megakexue.files import write_whole
 
 EPILOG = """\
 The picture is FOLDER/growth.png. docs/growth.md says what came out.
@@ -161,7 +163,9 @@ def draw(found: list[Comparison], lowest: float, path: Path) -> None:
         panel.legend(fontsize=8)
     panels[0].set_ylim(lowest - 0.1, lowest + 2)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=80)
+    write_whole(path, picture.getvalue())
 
 
 def report(out: Path) -> None:
