@@ -90,7 +90,7 @@ PLACES = {
     "rewriting the metrics": Place(target="os:replace", n_calls=1, path=r"/metrics\.jsonl$", ranks=(0,)),
     "recording a step": Place(target="megakexue.run.metrics:Metrics.log_step", n_calls=8, ranks=(0,)),
     "describing the run": Place(
-        target="pathlib:Path.write_text", n_calls=3, path=r"(yaml|txt|deepspeed.json)$",
+        target="pathlib:Path.write_bytes", n_calls=4, path=r"(yaml|txt|deepspeed\.json|tokenizer\.model)\.tmp$",
         written=lambda path, *_, **__: path, ranks=(0,),
     ),
     "downloading a shard": Place(
