@@ -44,7 +44,7 @@ from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
 from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
 from megakexue.run.guard import Guard
-from megakexue.run.zero import STAGES
+from megakexue.run.zero import STAGES, OwnGradients
 
 LOAD_ELEMENTS = 2**21
 """Of a segment that are read at a time: 8 MiB."""
@@ -62,8 +62,10 @@ class StepResult:
     """What the guard has to say about this step."""
     reason_to_stop: str | None
     """Why the guard wants this step to be the last; None: training goes on."""
-    bad_ranks: list[int] = field(default_factory=list)
+    bad_loss_ranks: list[int] = field(default_factory=list)
     """Ranks whose own loss was not finite."""
+    bad_gradient_ranks: list[int] = field(default_factory=list)
+    """Ranks whose own loss was finite, but not their own gradient, before it was added to those of others."""
     bad_tensors: list[str] = field(default_factory=list)
     """Parameters whose gradient was not finite, in the model's order."""
     statistics: dict[str, list[float]] | None = None
@@ -188,6 +190,7 @@ class Engine:
         with build, torch.device(self.device) if partitioned else nullcontext():
             module = Decoder(model, backend)
         parameters = dict(module.named_parameters())
+        self._own_gradients = OwnGradients(parameters.values())
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=_NoOptimizer(module.parameters()), config=self.deepspeed_config
         )
@@ -291,6 +294,7 @@ class Engine:
         """
         assert len(batches) == self.n_micro_batches
         self._engine.train()
+        self._own_gradients.begin_step()
         counts = torch.tensor(sum(batch.n_targets for batch in batches), dtype=torch.float64, device=self.device)
         # stays on the device, so that the forward pass need not wait for the number
         n_targets = dist.sum_over_ranks(counts).clamp(min=1)
@@ -304,19 +308,28 @@ class Engine:
         numbers = torch.cat([gradient.loss[None], n_targets[None], gradient.squares, gradient.is_bad]).tolist()
         loss_sum, count, *of_parameters = numbers
         names = self.optimizer.names
-        loss, grad_norm = loss_sum / count, sum(of_parameters[: len(names)]) ** 0.5 / loss_scale
-        bad = [name for name, flag in zip(names, of_parameters[len(names) :]) if flag]
+        squares, is_bad = of_parameters[: len(names)], of_parameters[len(names) :]
+        loss, grad_norm = loss_sum / count, sum(squares) ** 0.5 / loss_scale
         decision = self.guard.decide(loss, grad_norm, step)
         result = StepResult(
             loss=loss, grad_norm=grad_norm, n_targets=int(count), status=decision.status, note=decision.note,
             reason_to_stop=decision.reason_to_stop,
         )  # fmt: skip
-        result = self._update(result, gradient, lr, bad, statistics=statistics)
-        if bad or not math.isfinite(loss):
-            flags = dist.gather({str(self.ranks.rank): bool(gradient.own_loss.isfinite())})
-            bad_ranks = [int(rank) for rank, is_finite in flags.items() if not is_finite]
-            result = replace(result, bad_ranks=bad_ranks, bad_tensors=bad)
+        to_shrink = [name for name, flag in zip(names, is_bad) if flag]
+        result = self._update(result, gradient, lr, to_shrink, statistics=statistics)
+        if not result.is_finite:
+            by_loss, by_gradient = self._bad_ranks(gradient.own_loss)
+            # the squares say it, for what may not be used depends on the policy
+            tensors = [name for name, square in zip(names, squares) if not math.isfinite(square)]
+            result = replace(result, bad_tensors=tensors, bad_loss_ranks=by_loss, bad_gradient_ranks=by_gradient)
         return result
+
+    def _bad_ranks(self, own_loss: Tensor) -> tuple[list[int], list[int]]:
+        """Return the ranks whose own loss is not finite, and those with a finite one whose own gradient is not."""
+        is_bad = not own_loss.isfinite(), not self._own_gradients.are_finite()
+        of_ranks = {int(rank): bad for rank, bad in dist.gather({str(self.ranks.rank): is_bad}).items()}
+        by_loss = [rank for rank, (loss, _) in of_ranks.items() if loss]
+        return by_loss, [rank for rank, (loss, gradient) in of_ranks.items() if gradient and not loss]
 
     def _summed(self, batches: list[Batch], scale: Tensor, between: Callable[[], Any]) -> _Gradient:
         """Let DeepSpeed add the micro-batches' gradients up, and reduce their sum."""
@@ -367,14 +380,14 @@ class Engine:
         )  # fmt: skip
 
     def _update(
-        self, result: StepResult, gradient: _Gradient, lr: float, bad: list[str], *, statistics: bool
+        self, result: StepResult, gradient: _Gradient, lr: float, to_shrink: list[str], *, statistics: bool
     ) -> StepResult:
         """Move the masters if the step is to be taken, free the gradients, and make the weights the masters again."""
         is_taken, sums = result.status in ("applied", "shrunk"), None
         self._wait_for_readers()
         if is_taken:
             ratio = self.config.guard.shrink_ratio
-            shrink = {name: (centre(name, self.config.model), ratio) for name in bad}
+            shrink = {name: (centre(name, self.config.model), ratio) for name in to_shrink}
             assert bool(shrink) == (result.status == "shrunk")
             sums = self.optimizer.step(
                 gradient.pieces, gradient.weights, gradient.sums, lr=lr, factor=gradient.factor, shrink=shrink,

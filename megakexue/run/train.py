@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,12 +299,20 @@ def _stop(run: _Run, result: StepResult, batches: list[Batch], rows: list[list[s
 
 def _culprits(result: StepResult) -> str:
     """Where the numbers that are not finite were, as far as one step shows it."""
-    tensors = result.bad_tensors
-    if not tensors and not result.bad_ranks:
+    if result.is_finite:
         return ""
-    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
-    bad, ranks = tensors[0] + more if tensors else "none", result.bad_ranks or "none"
-    return f"; gradients that are not finite: {bad}; ranks whose own loss is not: {ranks}"
+    origins = [
+        f"the {part} of {_few('rank' if len(ranks) == 1 else 'ranks', ranks)}"
+        for part, ranks in (("loss", result.bad_loss_ranks), ("backward pass", result.bad_gradient_ranks)) if ranks
+    ]  # fmt: skip
+    origin = " and ".join(origins) or "the sum over ranks, for the numbers of each rank are finite"
+    return f"; {_few('gradients that are not finite:', result.bad_tensors, shown=1)}; this began in {origin}"
+
+
+def _few(what: str, values: Sequence[Any], shown: int = 8) -> str:
+    """Say `what` and the first values, and how many more there are: of a thousand ranks, or of all parameters."""
+    more = f" and {len(values) - shown} more" if len(values) > shown else ""
+    return f"{what} {', '.join(map(str, values[:shown])) or 'none'}{more}"
 
 
 def _tensors(batches: list[Batch]) -> dict[str, Tensor]:

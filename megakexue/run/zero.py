@@ -14,9 +14,10 @@ What must stay true: every element of every parameter is in exactly one segment 
 rank). These classes rest on private attributes of DeepSpeed's optimizers: pyproject.toml bounds its version for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megakexue.core.segments import Segment
@@ -124,6 +125,32 @@ class Partitioned:
         p: Any = self._parameters[segment.name]
         gathered = [p.view(-1)[segment.start : segment.stop]] if p.numel() else []
         return [*gathered, p.ds_tensor.view(-1)[: segment.numel]]
+
+
+class OwnGradients:
+    """Whether this rank's own gradients are finite: once DeepSpeed has reduced them, nobody knows whose was not.
+
+    It is made before DeepSpeed's engine: the hooks of a parameter run in the order in which they were made, and those
+    of DeepSpeed reduce the gradient and free it. Each gradient costs one pass over it. Nothing waits for the device,
+    which is asked after a bad step alone.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._sums: list[Tensor] = []
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, p: Tensor) -> None:
+        assert p.grad is not None
+        # a sum of finite numbers is finite where it has the range of float32, as that of bf16 has
+        self._sums.append(p.grad.sum(dtype=torch.float32 if p.dtype == torch.float16 else None))
+
+    def begin_step(self) -> None:
+        self._sums.clear()
+
+    def are_finite(self) -> bool:
+        """Of all micro-batches since the step began."""
+        return bool(torch.stack(self._sums).isfinite().all())
 
 
 Layout = Replicated | Sliced | Partitioned

@@ -214,7 +214,7 @@ def test_bad_steps_end_the_run_and_are_on_record(
     )  # fmt: skip
     (message,) = run_on_ranks(1, train_poisoned, config, {step: math.nan for step in range(3, 9)})
     assert f"step {last_step}: loss nan" in message and words in message
-    assert "gradients that are not finite: embedding.weight and 19 more; ranks whose own loss is not: [0]" in message
+    assert "; gradients that are not finite: embedding.weight and 19 more; this began in the loss of rank 0;" in message
     assert [r["status"] for r in records(tmp_path)] == ["applied"] * 2 + ["skipped"] * (last_step - 2)
     assert records(tmp_path)[-1]["loss"] == "nan"
     log = (tmp_path / "logs" / "rank_0.log").read_text()
@@ -382,6 +382,28 @@ def test_other_ranks_and_other_stages_go_on_with_the_same_run(prepared: Prepared
         (6, ["engine.zero_stage 3 -> 0", "ranks 1 -> 3 (from rank 1 on with random states of their own)"]),
         (9, ["engine.zero_stage 0 -> 2", "ranks 3 -> 2"]),
     ]
+
+
+def test_a_bad_step_names_its_first_tensor_and_the_ranks_where_it_began() -> None:
+    from megakexue.run.engine import StepResult
+    from megakexue.run.train import _culprits
+
+    def said(loss: float, grad_norm: float, **facts: Any) -> str:
+        return _culprits(
+            StepResult(
+                loss=loss, grad_norm=grad_norm, n_targets=1, status="skipped", note="", reason_to_stop=None, **facts
+            )
+        )
+
+    assert said(2.0, 1e9) == ""  # a spike
+    one = said(2.0, math.inf, bad_tensors=["head.weight"], bad_gradient_ranks=[3])
+    assert one == "; gradients that are not finite: head.weight; this began in the backward pass of rank 3"
+    both = said(math.nan, math.nan, bad_tensors=["a", "b", "c"], bad_loss_ranks=[0, 2], bad_gradient_ranks=[1])
+    assert both.endswith(": a and 2 more; this began in the loss of ranks 0, 2 and the backward pass of rank 1")
+    many = said(math.nan, 1.0, bad_loss_ranks=list(range(1000)))
+    assert many.endswith("finite: none; this began in the loss of ranks 0, 1, 2, 3, 4, 5, 6, 7 and 992 more")
+    nobody = said(2.0, math.inf, bad_tensors=["a"])
+    assert nobody.endswith("; this began in the sum over ranks, for the numbers of each rank are finite")
 
 
 class Signaller:
