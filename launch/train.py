@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megakexue.config import UserError, load_config, run_program
+from megakexue.launcher import read_ranks, said_once
 from megakexue.text.manifest import check_inputs
 
 
@@ -17,13 +18,14 @@ def main() -> None:
         epilog="""examples:
   deepspeed --num_accelerators 8 launch/train.py configs/1b.yaml train.run=runs/1b
   deepspeed --num_accelerators 2 launch/train.py configs/tiny_gqa.yaml engine.zero_stage=3 train.steps=30
-  launch/train.py configs/tiny_gqa.yaml            one process
-  tools/describe.py configs/1b.yaml --ranks 64     the check before a launch, in a second
+  srun --ntasks-per-node 8 launch/train.py configs/1b.yaml    on several nodes with MASTER_ADDR; mpirun likewise
+  launch/train.py configs/tiny_gqa.yaml                       one process
+  tools/describe.py configs/1b.yaml --ranks 64                the check before a launch, in a second
 
 `deepspeed --log_level error` leaves out the launcher's own lines, but for the exit code of a run that failed.
 
 Every key is in megakexue/config.py with its meaning and default. The same command again goes on from the newest
-checkpoint of train.run. SIGTERM, SIGINT or SIGUSR1 to any rank saves and ends the run.
+checkpoint of train.run. SIGTERM, SIGINT, SIGUSR1 or SIGHUP to any rank saves and ends the run.
 Exit codes: 0 done, 1 failed, 2 a mistake in the command, the config or the data, 75 saved after a signal; after a
 second signal 128 + its number. docs/recovery.md has what happens when.""",
     )
@@ -31,18 +33,12 @@ second signal 128 + its number. docs/recovery.md has what happens when.""",
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher; the environment says it
     arguments = parser.parse_args()
-    # all ranks find the same mistake in the config, and those of a node the same on its disk: one line is enough
-    speaker = "LOCAL_RANK"
-    try:
-        if Path(arguments.config).is_file():
-            speaker = "RANK"
+    with said_once("node"):
+        read_ranks()  # refuses a start that would make several worlds of one
+    with said_once("world" if Path(arguments.config).is_file() else "node"):
         config = load_config(arguments.config, arguments.overrides)
-        speaker = "LOCAL_RANK"
+    with said_once("node"):
         check_inputs(config)
-    except UserError:
-        if os.environ.get(speaker, "0") == "0":
-            raise
-        sys.exit(2)
     # threads that spin while they wait slow down the ranks beside them; read when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch

@@ -1,13 +1,8 @@
-"""Ranks: who am I, and the few collectives that the trainer itself calls.
+"""The few collectives that the trainer itself calls, and the place of this process among the ranks."""
 
-A launcher sets RANK, WORLD_SIZE, LOCAL_RANK and the address of rank 0; without them this process is a world of one.
-"""
-
-import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -16,80 +11,12 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from megakexue.config import UserError
+from megakexue.launcher import ALONE, Ranks, read_environment, read_ranks
 
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """The place of this process: in the world, on its node, and on the axes that the world is divided by.
-
-    Neighbouring ranks form a sequence group, whose members share rows: rank = data_rank * sequence_size +
-    sequence_rank. What is counted in rows is divided among data ranks; what is counted in processes, among the world.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    """Ranks on this node."""
-    sequence_size: int = 1
-    """Ranks that share the same rows; there is no more than one yet."""
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def data_rank(self) -> int:
-        return self.rank // self.sequence_size
-
-    @property
-    def data_size(self) -> int:
-        """Ranks that take rows of their own."""
-        return self.world_size // self.sequence_size
-
-    @property
-    def sequence_rank(self) -> int:
-        return self.rank % self.sequence_size
-
-
-ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
-"""The place of a program that has no launcher."""
-
-
-def read_ranks() -> Ranks:
-    """Read this process's place in the world from the environment of the launcher.
-
-    Raises:
-        UserError: only some of the launcher's variables are set.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    values = [os.environ.get(name) for name in names]
-    if values == [None, None, None]:
-        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-            if int(os.environ.get(name, "1")) > 1:
-                raise UserError(
-                    f"{name}={os.environ[name]} says that several processes were started, but RANK, WORLD_SIZE and "
-                    "LOCAL_RANK are not set: start with `deepspeed launch/train.py`, or set them for each process"
-                )
-        return ALONE
-    missing = [name for name, value in zip(names, values) if value is None]
-    if missing:
-        raise UserError(f"the launcher set some of {names} but not {missing}: start with `deepspeed launch/train.py`")
-    rank, world_size, local_rank = (int(value) for value in values if value is not None)
-    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    if local is None:
-        raise UserError("the launcher set neither LOCAL_WORLD_SIZE nor LOCAL_SIZE: set it to the ranks of this node")
-    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=int(local))
-
-
-def set_environment_of_one() -> bool:
-    """Set the variables of a world of one, and return True, unless a launcher has set its own."""
-    if "RANK" in os.environ:
-        return False
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    return True
+__all__ = [
+    "ALONE", "Ranks", "barrier", "count_over_ranks", "gather", "host_group", "read_environment", "read_ranks", "store",
+    "sum_over_ranks",
+]  # fmt: skip
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a launcher must say, what happens when it does not, and what the collectives return."""
+"""What the collectives return, on several ranks and alone."""
 
 import contextlib
 import io
@@ -11,42 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megakexue.config import UserError
-from megakexue.dist import (
-    ALONE,
-    Ranks,
-    barrier,
-    count_over_ranks,
-    gather,
-    host_group,
-    read_ranks,
-    say_last,
-    sum_over_ranks,
-)
+from megakexue.dist import barrier, count_over_ranks, gather, host_group, read_ranks, say_last, sum_over_ranks
 from tests.ranks import run_on_ranks
-
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
-         "SLURM_STEP_NUM_TASKS")  # fmt: skip
-
-
-def given(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-
-
-def test_without_a_launcher_the_world_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    given(monkeypatch, SLURM_STEP_NUM_TASKS="1")
-    assert read_ranks() == ALONE == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
-    assert read_ranks().is_first
-
-
-def test_neighbouring_ranks_form_a_sequence_group() -> None:
-    world = [Ranks(rank=i, world_size=6, local_rank=i, local_world_size=6, sequence_size=2) for i in range(6)]
-    assert [(r.data_rank, r.sequence_rank) for r in world] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
-    assert {r.data_size for r in world} == {3}
-    assert (ALONE.data_rank, ALONE.data_size, ALONE.sequence_rank) == (0, 1, 0)
+from tests.test_launcher import STARTED
 
 
 def collectives() -> tuple[Any, ...]:
@@ -119,31 +86,6 @@ while hasattr(inner, "underlying_store"):
     inner = inner.underlying_store
 print(ranks.world_size, type(inner).__name__, "MASTER_PORT" in os.environ)
 """
-    environment = {key: value for key, value in os.environ.items() if key not in (*NAMES, "MASTER_PORT")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(STARTED)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["1 HashStore False"], done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("local", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
-def test_both_launchers_are_understood(monkeypatch: pytest.MonkeyPatch, local: str) -> None:
-    given(monkeypatch, RANK="9", WORLD_SIZE="16", LOCAL_RANK="1", **{local: "8"})
-    assert read_ranks() == Ranks(rank=9, world_size=16, local_rank=1, local_world_size=8)
-    assert not read_ranks().is_first
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"RANK": "0"}, r"but not \['WORLD_SIZE', 'LOCAL_RANK'\]: start with `deepspeed launch/train.py`"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "neither LOCAL_WORLD_SIZE nor LOCAL_SIZE: set it to the"),
-        ({"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 says that several processes were started, but RANK"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS=4 says that several processes were started"),
-    ],
-)
-def test_a_launcher_that_says_too_little_is_refused(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, str], message: str
-) -> None:
-    # otherwise each process would be a world of one in the same run folder
-    given(monkeypatch, **values)
-    with pytest.raises(UserError, match=message):
-        read_ranks()

@@ -20,7 +20,7 @@ FOLDERS = {
 }
 """What each folder may import beside itself: modules of the top, and folders."""
 LEVELS = {
-    "": [{"config"}, {"files", "dist"}],
+    "": [{"config"}, {"files", "launcher"}, {"dist"}],
     "text": [
         {"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards", "progress"},
         {"ledger"},
@@ -151,7 +151,9 @@ def test_each_package_has_one_owner(package: str) -> None:
 
 
 def test_text_and_config_do_without_torch() -> None:
-    names = [f"megakexue.{name}" for name in MODULES if folder_of(name) == "text" or name in ("config", "files")]
+    names = [
+        f"megakexue.{name}" for name in MODULES if folder_of(name) == "text" or name in ("config", "files", "launcher")
+    ]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megakexue.config import UserError, load_config, require, run_program
+from megakexue.launcher import read_ranks, said_once
 from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
@@ -85,21 +86,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the faults (default: %(default)s)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
-    check_inputs(config)
-    require(
-        0 <= arguments.n_faults <= config.train.steps,
-        f"--n-faults {arguments.n_faults} must be between 0 and train.steps={config.train.steps}",
-    )
-    require(
-        not Path(config.train.run, "checkpoints").exists(),
-        f"train.run={config.train.run} has checkpoints: faults are counted from step 1, so choose a new train.run",
-    )
+    with said_once("node"):
+        ranks = read_ranks()
+        config = load_config(arguments.config, arguments.overrides)
+        check_inputs(config)
+        require(
+            0 <= arguments.n_faults <= config.train.steps,
+            f"--n-faults {arguments.n_faults} must be between 0 and train.steps={config.train.steps}",
+        )
+        require(
+            not Path(config.train.run, "checkpoints").exists(),
+            f"train.run={config.train.run} has checkpoints: faults are counted from step 1, so choose a new train.run",
+        )
     from megakexue import dist
     from megakexue.run.guard import TrainingStopped
     from megakexue.run.train import train
 
-    ranks = dist.read_ranks()
     micro_batches = config.train.n_micro_batches(ranks.data_size)
     faults = draw(
         arguments.n_faults, arguments.seed, steps=config.train.steps, ranks=ranks.world_size,

@@ -111,10 +111,17 @@ class _NoOptimizer(torch.optim.Optimizer):
 
 
 def start(config: EngineConfig) -> dist.Ranks:
-    """Join the world: set up the environment, DeepSpeed's quiet start, and the process group."""
+    """Join the world: set up the environment, DeepSpeed's quiet start, and the process group.
+
+    Raises:
+        UserError: the launcher says too little, or what cannot be.
+    """
+    variables = dist.read_environment()
+    # without its address DeepSpeed would look for an MPI
+    is_alone = not {"MASTER_ADDR", "MASTER_PORT"} <= variables.keys()
+    os.environ |= variables
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    is_alone = dist.set_environment_of_one()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
@@ -134,7 +141,7 @@ def start(config: EngineConfig) -> dist.Ranks:
     else:
         torch.cuda.set_device(find_device(index=dist.read_ranks().local_rank))
     timeout = timedelta(seconds=config.timeout_s)
-    if is_alone:
+    if is_alone and not torch.distributed.is_initialized():
         # without a port, since another process that starts at the same moment may take the one that was free
         backend = get_accelerator().communication_backend_name()
         torch.distributed.init_process_group(

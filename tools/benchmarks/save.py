@@ -3,7 +3,6 @@
 
 import argparse
 import dataclasses
-import os
 import shutil
 import statistics
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megakexue.config import Config, UserError, load_config, require, run_program
 from megakexue.files import require_writable
+from megakexue.launcher import read_ranks, said_once
 
 if TYPE_CHECKING:
     from megakexue.core.batch import Batch
@@ -122,13 +122,14 @@ def report(engine: "Engine", times: dict[str, list[float]]) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    require(args.rounds > 0, f"--rounds {args.rounds} must be positive")
-    config = load_config(args.config, args.overrides)
-    require(
-        not args.out.exists() or os.environ.get("RANK", "0") != "0",
-        f"--out {args.out} exists: choose another folder, which is made and removed",
-    )
-    require_writable(f"--out {args.out}", args.out)
+    with said_once("node"):
+        require(args.rounds > 0, f"--rounds {args.rounds} must be positive")
+        config = load_config(args.config, args.overrides)
+        require(
+            not read_ranks().is_first or not args.out.exists(),
+            f"--out {args.out} exists: choose another folder, which is made and removed",
+        )
+        require_writable(f"--out {args.out}", args.out)
 
     import torch
 
