@@ -620,8 +620,8 @@ class EngineConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 500
-    """Save every so many steps. The run also saves at its last step, and when it is asked to stop by SIGTERM, SIGINT
-    or SIGUSR1."""
+    """Save every so many steps. The run also saves at its last step, and when it is asked to stop by SIGTERM, SIGINT,
+    SIGUSR1 or SIGHUP."""
     keep_last: int = 3
     """Newest checkpoints that are kept; older ones are removed."""
     keep_every: int | None = None

@@ -1,6 +1,7 @@
 """Preemption: a signal to any rank saves the run and ends it, with an exit code that says so.
 
-    SIGTERM, SIGINT, SIGUSR1      all ranks save together and exit with PREEMPTED; the same command goes on
+    SIGTERM, SIGINT, SIGUSR1,     all ranks save together and exit with PREEMPTED; the same command goes on
+    SIGHUP unless under nohup
     the same again, later         this rank exits at once; what it was writing is never trusted
     `grace_s` after the first     the same: some rank does not answer, and the cluster is about to kill anyway
 
@@ -27,7 +28,9 @@ from typing import NoReturn
 from megakexue import dist
 from megakexue.config import PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# nohup starts a program with SIGHUP ignored; SIGINT is ignored in what a script starts with &, which is nobody's wish
+IS_UNDER_NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *(() if IS_UNDER_NOHUP else (signal.SIGHUP,)))
 BURST_S = 5.0
 """Signals that come so soon after the first are the same request: a launcher passes on what its group has got too."""
 
@@ -100,6 +103,8 @@ class Preemption:
             if not ready:
                 leave(1, f"rank {self._rank}: not saved within checkpoint.grace_s={self._grace_s:g}: some rank hangs")
             for number in set(numbers).intersection(SIGNALS):  # the descriptor tells of other handlers' signals too
+                if number == signal.SIGHUP:
+                    _leave_lost_outputs()
                 if began is None:
                     began, timeout = time.monotonic(), self._grace_s
                     self._reason = f"{signal.Signals(number).name} on rank {self._rank}"
@@ -140,6 +145,17 @@ class Preemption:
             self._reason = self._reason or reason  # the launcher will end this rank too
             raise Interruption(reason, error, is_failure=n_failed > 0)
         return n_without == 0
+
+
+def _leave_lost_outputs() -> None:
+    """Let stdout and stderr go nowhere if their terminal or reader is gone: a write would fail, and then the save."""
+    for number in (1, 2):
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def leave(code: int, message: str) -> NoReturn:

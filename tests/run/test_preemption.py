@@ -1,7 +1,11 @@
 """Signals: known to all ranks at one meeting, also to one that waits in C; a second one and the grace time end it."""
 
+import fcntl
 import os
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 from typing import Any
@@ -10,6 +14,7 @@ import pytest
 
 from megakexue.config import PREEMPTED
 from megakexue.run.preemption import Interruption, Preempted, Preemption
+from tests.helpers import ROOT
 from tests.ranks import run_on_ranks, start_on_ranks
 
 
@@ -73,6 +78,45 @@ def test_all_ranks_leave_at_the_same_meeting() -> None:
     assert first[3] == second[3] == ("went on", True)
     assert first[4] == second[4] == ("SIGUSR1 on rank 1", PREEMPTED)
     assert Preempted().code == PREEMPTED == 75
+
+
+def lose_the_terminal() -> list[str]:
+    """Have stdout and stderr on a terminal of this process's own that is closed; return what happens then."""
+    os.setsid()
+    keyboard, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    preemption = make()
+    for number in (1, 2):
+        os.dup2(terminal, number)
+    with preemption.listening():
+        os.close(keyboard)
+        deadline = time.monotonic() + 30
+        while not preemption.is_requested():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)
+        print("saved", flush=True)  # as the trainer does
+        return [end_of(preemption.meet)[0]]
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="the tests run under nohup")
+def test_a_terminal_that_is_closed_is_a_signal_and_writing_goes_on() -> None:
+    assert run_on_ranks(1, lose_the_terminal) == [["SIGHUP on rank 0"]]
+
+
+def test_under_nohup_a_hangup_stays_ignored() -> None:
+    code = """
+import os, signal, time
+from tests.run.test_preemption import end_of, make
+
+with make().listening() as preemption:
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.3)
+    print(end_of(preemption.meet, flag=True))
+"""
+    command = ["nohup", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["('went on', True)"], done.stdout + done.stderr
 
 
 def hang(grace_s: float, second_after_s: float | None, burst_s: float) -> None:
