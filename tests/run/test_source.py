@@ -208,4 +208,4 @@ def test_a_cache_that_cannot_be_written_or_locked(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(UserError, match=r"data\.cache=.* without locks \(flock\).*: set data\.cache to a folder"):
-        open_batches(config, tmp_path / "cache").next_step()
+        open_batches(config, tmp_path / "another").next_step()
