@@ -13,16 +13,24 @@ Units end a name (`seq_len` in tokens, `timeout_s`, `warmup_steps`); counts begi
 means "off" or "chosen for you"; the docstring of the field says which.
 """
 
+import argparse
 import dataclasses
+import difflib
 import math
 import os
+import posixpath
+import re
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,6 +42,15 @@ IGNORED = -100
 
 PREEMPTED = 75
 """Exit code of a run that was ended by a signal and has saved itself. It is EX_TEMPFAIL of sysexits.h: try again."""
+
+Place = Annotated[str, "a path"]
+"""The type of a field that names a file or a folder: a leading ~ is the home folder."""
+
+BOUND = 2**63
+"""Every number of a config is below it, so that seeds, counters and tensors can hold it."""
+
+YEAR_S = 31_536_000
+"""The longest time that a setting may have: what waits for it cannot count arbitrarily far."""
 
 
 class UserError(ValueError):
@@ -89,21 +106,27 @@ def _each(section: Any, keys: tuple[str, ...], holds: Callable[[float], bool], r
     for key in keys:
         value = getattr(section, key.rpartition(".")[2])
         require(value is None or holds(value), f"{key}={value} must {rule}")
+        require(value is None or value < BOUND, f"{key}={value} is too large: it must be below 2^63")
 
 
 def positive(section: Any, *keys: str, alternative: str = "") -> None:
-    """Require finite numbers above 0. `alternative` ends the message: what else the user may write."""
-    _each(section, keys, lambda value: 0 < value < math.inf, f"be positive{alternative}")
+    """Require numbers above 0 and below 2^63. `alternative` ends the message: what else the user may write."""
+    _each(section, keys, lambda value: value > 0, f"be positive{alternative}")
 
 
 def not_negative(section: Any, *keys: str) -> None:
-    """Require finite numbers of 0 or more."""
-    _each(section, keys, lambda value: 0 <= value < math.inf, "not be negative")
+    """Require numbers of 0 or more, below 2^63."""
+    _each(section, keys, lambda value: value >= 0, "not be negative")
 
 
 def above_one(section: Any, *keys: str) -> None:
-    """Require finite numbers above 1."""
-    _each(section, keys, lambda value: 1 < value < math.inf, "be above 1")
+    """Require numbers above 1 and below 2^63."""
+    _each(section, keys, lambda value: value > 1, "be above 1")
+
+
+def seconds(section: Any, *keys: str) -> None:
+    """Require times that a timer can wait for."""
+    _each(section, keys, lambda value: 0.001 <= value <= YEAR_S, f"be between 0.001 and {YEAR_S} seconds, a year")
 
 
 def multiple(section: Any, key: str, divisor_key: str, remedy: str = "") -> None:
@@ -159,7 +182,7 @@ class RopeConfig:
         if isinstance(self.base, str):
             require(self.base == "auto", f"model.rope.base={self.base!r} must be a number or 'auto'")
         else:
-            require(1 < self.base < math.inf, f"model.rope.base={self.base} must be above 1 and finite")
+            above_one(self, "model.rope.base")
         positive(self, "model.rope.context")
         require(0 < self.fraction <= 1, f"model.rope.fraction={self.fraction} must be in (0, 1]")
         above_one(self, "model.rope.trained_context")
@@ -362,30 +385,42 @@ class ModelConfig:
 class SourceConfig:
     """One folder of prepared data."""
 
-    path: str
+    path: Place
     """A folder written by tools/prepare_data.py. It is a local path, or s3://, gs://, ... for a copy in a bucket.
     file:// treats a mounted folder as remote: its shards are then cached on the local disk."""
     weight: float | None = None
     """Share of the mixture, relative to the other weights. None in all sources: shares by the number of rows."""
 
     def __post_init__(self) -> None:
-        require(self.weight is None or self.weight > 0, f"data.sources: weight={self.weight} must be positive")
+        # beyond these bounds, the share of a source could not be computed
+        require(
+            self.weight is None or 1e-9 <= self.weight <= 1e9,
+            f"data.sources: weight={self.weight} must be positive, from 1e-9 to 1e9",
+        )
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.path
 
+    @property
+    def place(self) -> str:
+        """The folder by a name that it has alone: no slash too many, and behind all links."""
+        scheme, is_remote, path = self.path.rpartition("://")
+        if scheme in ("", "file"):
+            return os.path.realpath(path)
+        return f"{scheme}{is_remote}{posixpath.normpath(path)}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sources: list[SourceConfig]
-    tokenizer: str
+    tokenizer: Place
     """Path of the tokenizer.model that the sources were prepared with. Its hash is checked."""
     seq_len: int
     """Tokens in a row that the model sees. It must be the row length that tools/prepare_data.py was given."""
     shuffle: bool = True
     shuffle_seed: int = 0
-    cache: str | None = None
+    cache: Place | None = None
     """Folder for shards of remote sources. None: `cache` in the run folder, which only this run uses."""
     cache_limit: str | None = None
     """Most bytes of shards that each node keeps on disk, such as 200gb. None: no limit."""
@@ -400,12 +435,14 @@ class DataConfig:
         require(len(self.sources) > 0, "data.sources is empty: name a folder written by tools/prepare_data.py")
         weighted = {source.weight is not None for source in self.sources}
         require(len(weighted) == 1, "data.sources: give every source a weight, or none (then rows count)")
-        paths = [source.path for source in self.sources]
-        require(len(set(paths)) == len(paths), f"data.sources names a path twice: {paths}")
+        for i, source in enumerate(self.sources):
+            same = [other.path for other in self.sources[:i] if other.place == source.place]
+            require(not same, f"data.sources names a folder twice: {[*same, source.path]}")
         above_one(self, "data.seq_len")
         positive(self, "data.n_prefetch")
         not_negative(self, "data.shuffle_seed", "data.download_retries")
-        require(self.download_timeout_s > 0, f"data.download_timeout_s={self.download_timeout_s} must be positive")
+        require(self.download_retries <= 100, f"data.download_retries={self.download_retries} must be at most 100")
+        seconds(self, "data.download_timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -561,8 +598,9 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         positive(self, "guard.max_bad_steps")
+        positive(self, "guard.initial_loss_scale")
         require(
-            self.initial_loss_scale > 0 and math.log2(self.initial_loss_scale).is_integer(),
+            math.log2(self.initial_loss_scale).is_integer(),
             f"guard.initial_loss_scale={self.initial_loss_scale} must be a power of two, so that unscaling is exact",
         )
         positive(self, "guard.loss_scale_window")
@@ -594,8 +632,7 @@ class MetricsConfig:
     def __post_init__(self) -> None:
         positive(self, "metrics.every_steps")
         positive(self, "metrics.statistics_every_steps", alternative=", or null for off")
-        peak = self.peak_tflops
-        require(peak is None or peak > 0, f"metrics.peak_tflops={peak} must be positive, or null")
+        positive(self, "metrics.peak_tflops", alternative=", or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -613,8 +650,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        require(self.bucket_elements > 0, f"engine.bucket_elements={self.bucket_elements} must be positive")
-        require(self.timeout_s > 0, f"engine.timeout_s={self.timeout_s} must be positive")
+        positive(self, "engine.bucket_elements")
+        require(self.bucket_elements < 2**31, f"engine.bucket_elements={self.bucket_elements} must be below 2^31")
+        seconds(self, "engine.timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -635,7 +673,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         positive(self, "checkpoint.every_steps", "checkpoint.keep_last")
         multiple(self, "checkpoint.keep_every", "checkpoint.every_steps", ", or null: other steps are not saved")
-        require(self.grace_s > 0, f"checkpoint.grace_s={self.grace_s} must be positive")
+        seconds(self, "checkpoint.grace_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -652,7 +690,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    run: str
+    run: Place
     """The run folder. Running the same command again goes on from its newest checkpoint."""
     steps: int
     """Optimizer steps of the whole run."""
@@ -662,7 +700,7 @@ class TrainConfig:
     """Rows that one rank takes through the model at a time."""
     seed: int = 0
     """Seed of the initial weights. Each tensor has its own stream, so ranks and ZeRO stages do not matter."""
-    init_from: str | None = None
+    init_from: Place | None = None
     """A bundle to start from. Its model section must agree with `model`."""
     init_optimizer: Literal["keep", "reset"] = "reset"
     """keep: go on with the optimizer's state in the bundle, which tools/export_model.py --optimizer or
@@ -815,7 +853,173 @@ class ResolvedConfig(Config):
     optim: ResolvedOptim = field()
 
 
-# --- reading and writing ---------------------------------------------------------------------------------------------
+# --- numbers, as YAML, overrides and the options of programs have them -----------------------------------------------
+
+
+def parse_integer(value: Any) -> int:
+    """Read 1000, "1_000", "010" (ten) or "1e3". Raises ValueError, whose message says what it must be."""
+    is_huge = str(value).lstrip("+-").casefold() == ".inf" if isinstance(value, str) else False
+    with suppress(ArithmeticError):  # it is no number
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            exact = Decimal(value)
+            is_huge = exact.is_infinite() or exact.adjusted() > 18 or abs(exact) >= BOUND
+            if not is_huge and exact == exact.to_integral_value():
+                return int(exact)
+    beyond = "is out of range: it must be between -2^63 and 2^63"
+    raise ValueError(beyond if is_huge else "must be a whole number, such as 1000 or 1e3")
+
+
+def parse_number(value: Any) -> float:
+    """Read a finite number: 0.1, 3 or "1e-3". Raises ValueError, whose message says what it must be."""
+    form = "number, such as 0.1 or 1e-3"
+    try:
+        parsed = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        is_other = str(value).lstrip("+-").casefold() not in (".inf", ".nan")
+        raise ValueError(f"must be a {'' if is_other else 'finite '}{form}") from None
+    except OverflowError:
+        parsed = math.inf
+    if not math.isfinite(parsed):
+        raise ValueError(f"must be a finite {form}")
+    return parsed
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _argument(parse: Callable[[Any], Number], text: str) -> Number:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} {error}") from error
+
+
+def integer(text: str) -> int:
+    """The `type` of a program's option: an integer below 2^63."""
+    return _argument(parse_integer, text)
+
+
+def number(text: str) -> float:
+    """The `type` of a program's option: a finite number."""
+    return _argument(parse_number, text)
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+# Values are read as the text that stands there. What a text means is decided by the type of its field: to YAML alone,
+# a run that is called 007, on or 2024_01_01 would be a number or a truth value.
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Reads every value as text, but null as None."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors: ClassVar = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # a value that is there twice is written twice
+
+
+_YAML_FAULTS = {
+    r"'\t'": "there is a tab here: YAML wants spaces",
+    "unexpected end of stream": "the quote that begins here is not closed",
+    "expected ',' or": "the bracket that opens here is not closed, or lacks a comma",
+    "mapping values": "there is a second ': ' here: put a text with a colon into quotes",
+    "expected ':'": "a ': ' is missing",
+    "cannot start any token": "a text that begins with this character needs quotes",
+    "expected <block end>": "this line does not fit those above: look at the indent, and for a quote or bracket",
+}
+"""By words of PyYAML's message: what the user did."""
+
+
+def _parse_yaml(text: str, loader_class: type[Any], where: str, *, is_file: bool = True) -> Any:
+    """Return the values of a YAML text. Raises UserError, which names `where` and, in a file, line and column."""
+    try:
+        loader = loader_class(text)
+        try:
+            node = loader.get_single_node()
+            _refuse_double_keys(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        problem = str(error.problem or error.context)
+        unknown = problem if type(error) is yaml.MarkedYAMLError else f"this is no YAML: {problem}"
+        found = next((said for words, said in _YAML_FAULTS.items() if words in problem), unknown)
+        mark = error.context_mark if "here is not closed" in found or "opens here" in found else error.problem_mark
+        mark = mark or error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if is_file and mark else where
+        raise UserError(f"{place}: {found}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: it is nested too deeply") from error
+    except Exception as error:  # what a tag such as !!int does with a text that does not fit it
+        raise UserError(f"{where}: this is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _refuse_double_keys(root: yaml.Node | None) -> None:
+    """Raise yaml.MarkedYAMLError for a key that is no text, or is there twice: one of its values would be lost.
+
+    PyYAML itself raises subclasses only.
+    """
+    seen, stack = set(), [root]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            stack += node.value
+            continue
+        names = set()
+        for key, value in node.value:
+            is_text = isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":null")
+            if not is_text or key.value in names:
+                problem = f"the key {_shown(key.value)} is there twice" if is_text else "a key must be a text"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            names.add(key.value)
+            stack.append(value)
+
+
+def _read_file(path: Path) -> str:
+    require(path.is_file(), f"{path}: " + ("this is a folder" if path.is_dir() else "no such file"))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: this is no UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the plain values of a YAML file. Raises UserError: it is none."""
+    return _parse_yaml(_read_file(path), yaml.SafeLoader, str(path))
+
+
+def to_yaml(section: Any) -> str:
+    """The YAML text of a dict of plain values, for `read_yaml`, or of a whole config, for `load_config`."""
+    values = section if isinstance(section, dict) else _escaped(dataclasses.asdict(section))
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=BOUND)
+    return text
+
+
+def _escaped(values: Any) -> Any:
+    r"""Write ${ as \${, so that `load_config` takes it as it is."""
+    if isinstance(values, dict):
+        return {key: _escaped(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_escaped(value) for value in values]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
+
+
+# --- a config, from texts --------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 
@@ -823,42 +1027,220 @@ T = TypeVar("T")
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file over the defaults, and `key=value` overrides over both.
 
+    `${key}` in a value is replaced by the value of that key.
+
     Raises:
         UserError: the file is missing or no YAML, a key is unknown (the nearest name is suggested), a value has the
             wrong type, or two fields do not fit each other.
     """
     path = Path(path)
-    require(path.is_file(), f"no config file {path}: the shipped ones are in configs/")
-    for override in overrides or []:
-        require("=" in override, f"{override!r} is not of the form key=value, such as train.steps=100")
+    require(path.is_file() or path.is_dir(), f"no config file {path}: the shipped ones are in configs/")
+    values = _parse_yaml(_read_file(path), _TextLoader, str(path))
+    form = "a config has sections, such as `model:` and `data:`; the shipped ones are in configs/"
+    require(isinstance(values, dict), f"{path}: this is {'empty' if values is None else 'no config'}: {form}")
     try:
-        values = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
-    except Exception as error:  # YAML's and OmegaConf's own errors have no common class
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        for override in overrides or []:
+            values = _merged(values, _parse_override(override))
+        values = _filled(values, str(path))
+    except RecursionError as error:
+        raise UserError(f"{path}: it is nested too deeply") from error
     return build(Config, values, where=str(path))
 
 
-def build(section: type[T], values: Any, where: str) -> T:
-    """Make the frozen dataclass `section` from plain or OmegaConf values; errors name `where` and the key."""
+def _parse_override(override: str) -> dict[str, Any]:
+    """Return the values of one `key=value`, nested by the parts of the key."""
+    key, equals, text = override.partition("=")
+    names, text = key.split("."), text.strip()
+    shown = _shown(override)
+    require(equals == "=" and all(names), f"{shown!r} is not of the form key=value, such as train.steps=100")
+    is_text = _is_text(_declared(Config, names)) and not text.startswith(("'", '"'))
+    values: Any = text
+    if not is_text or text in ("", "~", "null", "Null", "NULL"):
+        values = _parse_yaml(text, _TextLoader, shown, is_file=False)
+    for name in reversed(names):
+        values = {name: values}
+    return values
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """The types of which a value of the type `kind` has one."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _declared(section: type[Any], names: list[str]) -> Any:
+    """Return the type of the field that a key names, or None."""
+    kind: Any = section
+    for name in names:
+        owner = next((k for k in _kinds(kind) if dataclasses.is_dataclass(k)), None)
+        kind = None if owner is None else get_type_hints(owner, include_extras=True).get(name)
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a field takes any text, so that on the command line nothing in it has a meaning to YAML."""
+    return set(_kinds(kind)) - {NoneType} in ({str}, {Place})
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Return the values of `old` with those of `new` over them."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+    return new
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value that is no dict or list, with its key."""
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            part = f".{name}" if isinstance(values, dict) else f"[{name}]"
+            yield from _leaves(value, f"{key}{part}".lstrip("."))
+    else:
+        yield key, values
+
+
+def _default_texts(value: Any) -> Any:
+    """The defaults of a section, or of one that it has, as a YAML file would have them."""
+    if isinstance(value, type):
+        hints = get_type_hints(value)
+        found = {}
+        for f in dataclasses.fields(value):
+            if f.default_factory is not MISSING or f.default is not MISSING:
+                found[f.name] = _default_texts(f.default if f.default_factory is MISSING else f.default_factory())
+            elif dataclasses.is_dataclass(hints[f.name]):
+                found[f.name] = _default_texts(hints[f.name])
+        return found
+    if dataclasses.is_dataclass(value):
+        return _default_texts(type(value))
+    return value if value is None or isinstance(value, dict | list) else _shown(value)
+
+
+def _filled(values: dict[str, Any], where: str) -> Any:
+    """Replace each ${key} in a text by the value of the key."""
+    texts = {key: text for key, text in _leaves(values) if "${" in str(text)}
+    if not texts:
+        return values
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))  # type: ignore[return-value]
+        return OmegaConf.to_container(OmegaConf.create(_merged(_default_texts(Config), values)), resolve=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key if error.full_key in texts else next(iter(texts))
+        raise UserError(
+            f"{where}: {key}={_shown(texts[key])}: ${{...}} must name another setting, such as ${{engine.zero_stage}}; "
+            "for the characters themselves write \\${"
+        ) from error
+
+
+def build(section: type[T], values: Any, where: str) -> T:
+    """Make the dataclass `section` from values that are texts or of the types of its fields.
+
+    Raises:
+        UserError: it names `where` and the key.
+    """
+    try:
+        made: T = _read_section(section, values, "")
+        return made
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except OmegaConfBaseException as error:
-        first, key = str(error).split("\n")[0], getattr(error, "full_key", None)
-        at = f" (at {key})" if key and str(key) not in first else ""
-        raise UserError(f"{where}: {first}{at}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: it is nested too deeply") from error
 
 
-def to_yaml(section: Any) -> str:
-    """The YAML text of a dict of plain values, or of a config dataclass with every field."""
-    values = section if isinstance(section, dict) else dataclasses.asdict(section)
-    return OmegaConf.to_yaml(OmegaConf.create(values))
+def _shown(value: Any) -> str:
+    """A value as a user writes it, on one line."""
+    if isinstance(value, dict):
+        text = f"{{{', '.join(f'{_shown(name)}: {_shown(part)}' for name, part in value.items())}}}"
+    elif isinstance(value, list):
+        text = f"[{', '.join(map(_shown, value))}]"
+    elif value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    else:
+        text = str(value)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def read_yaml(path: Path) -> Any:
-    """Return the plain values of a YAML file. Raises UserError: it is none."""
+def _read(kind: Any, value: Any, key: str) -> Any:
+    """Return what a field of the type `kind` holds for a value. Raises UserError: it must be something else."""
+    kinds = _kinds(kind)
+    if kind is Any or (value is None and NoneType in kinds):
+        return value
+    *others, last = (k for k in kinds if k is not NoneType)
+    for other in others:
+        with suppress(UserError):
+            return _read_one(other, value, key)
+    return _read_one(last, value, key)
+
+
+def _read_one(kind: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _read_section(kind, value, key)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is list:
+        form = f"must be a list, such as [{_form(parts[0], value)}]"
+        require(isinstance(value, list), f"{key}={_shown(value)} {form}")
+        return [_read(parts[0], part, f"{key}[{i}]") for i, part in enumerate(value)]
+    if origin is dict:
+        require(isinstance(value, dict), f"{key}={_shown(value)} must be pairs in braces, such as {{1000: 0.5}}")
+        pairs = {_read(parts[0], k, f"{key}: key"): _read(parts[1], v, f"{key}.{k}") for k, v in value.items()}
+        require(len(pairs) == len(value), f"{key}={_shown(value)} names one key twice")
+        return pairs
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # YAML's and OmegaConf's own errors have no common class
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        if origin is Literal:
+            if value not in parts:
+                raise ValueError(f"must be one of {', '.join(parts)}")
+            return value
+        return _SCALARS[kind](value)
+    except ValueError as error:
+        raise UserError(f"{key}={_shown(value)} {error}") from error
+
+
+def _read_section(kind: Any, values: Any, key: str) -> Any:
+    fields = {f.name: f.default is not MISSING or f.default_factory is not MISSING for f in dataclasses.fields(kind)}
+    if not isinstance(values, dict):
+        rest = "; leave it out for the defaults" if values is None else ""
+        raise UserError(f"{key}={_shown(values)} must be of the form {_form(kind, values)}{rest}")
+    prefix = f"{key}." if key else ""
+    for name in [name for name in values if name not in fields]:
+        near = difflib.get_close_matches(str(name), fields, n=1)
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"{key or 'a config'} has {', '.join(fields)}"
+        raise UserError(f"{prefix}{_shown(name)} is no setting: {hint}")
+    missing = [f"{prefix}{name}" for name, has_default in fields.items() if not has_default and name not in values]
+    require(not missing, f"missing: {', '.join(missing)}")
+    hints = get_type_hints(kind, include_extras=True)
+    return kind(**{name: _read(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _form(kind: Any, value: Any) -> str:
+    """How a value is written as one of the type `kind`."""
+    names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    if not names or (isinstance(value, dict) and value and value.keys() <= {*names}):
+        return _shown(value)
+    return f"{{{names[0]}: {_shown(value) if isinstance(value, str | int | float) else '...'}}}"
+
+
+def _parse_bool(value: Any) -> bool:
+    text = _shown(value).casefold()
+    if text not in ("true", "yes", "on", "false", "no", "off"):
+        raise ValueError("must be true or false")
+    return text in ("true", "yes", "on")
+
+
+def _parse_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a text" + ("" if isinstance(value, dict | list) else "; in quotes it is one"))
+    return value
+
+
+def _parse_place(value: Any) -> str:
+    text = os.path.expanduser(_parse_text(value))
+    if not text or "\0" in text:
+        raise ValueError("must name a file or a folder")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8") from None
+    return text
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    int: parse_integer, float: parse_number, bool: _parse_bool, str: _parse_text, Place: _parse_place,
+}  # fmt: skip

@@ -50,6 +50,7 @@ LEVELS = {
 """Inside a folder, a module imports from lower levels only."""
 OWNERS = {
     "omegaconf": {"config"},
+    "yaml": {"config"},
     "sentencepiece": {"text.tokenizer"},
     "google": {"text.tokenizer"},
     "streaming": {"run.source"},

@@ -8,7 +8,6 @@ in attention and RoPE, so it says how many tokens the model could see.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,7 +98,7 @@ def changed(config: ResolvedModel, changes: list[str]) -> tuple[ResolvedModel, s
         UserError: a change needs other weights, has no effect, or does not fit the others.
     """
     values: dict[str, Any] = dataclasses.asdict(config)
-    given = {}
+    given: dict[str, str | None] = {}
     for change in changes:
         key, equals, text = change.partition("=")
         section, _, name = key.removeprefix("model.").partition(".")
@@ -108,12 +107,8 @@ def changed(config: ResolvedModel, changes: list[str]) -> tuple[ResolvedModel, s
             f"--set {change}: it must be attention.NAME=VALUE or rope.NAME=VALUE: nothing else can change without "
             "other weights",
         )
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        values[section][name] = given[f"{section}.{name}"] = value
-    backend = given.get("attention.backend", "auto")
+        values[section][name] = given[f"{section}.{name}"] = None if text == "null" else text
+    backend = given.get("attention.backend") or "auto"
     values["attention"]["backend"] = backend  # a bundle names that of the machine it was trained on
     context = config.rope.context
     if {"attention.scale", "attention.similarity"} & given.keys():
@@ -128,9 +123,9 @@ def changed(config: ResolvedModel, changes: list[str]) -> tuple[ResolvedModel, s
             f"{config.rope.extension} from {config.rope.trained_context} to {context} tokens",
         )
         require(given["rope.extension"] != "base", "--set rope.extension=base: without training, set rope.base alone")
-        values["rope"]["trained_context"] = given.get("rope.trained_context", context)
+        values["rope"]["trained_context"] = given.get("rope.trained_context", str(context))
         require(
-            values["rope"]["trained_context"] == context and "rope.context" in given,
+            values["rope"]["trained_context"] == str(context) and "rope.context" in given,
             f"--set rope.extension={given['rope.extension']}: the bundle was trained for {context} tokens: add "
             f"--set rope.context=N, above {context}, and leave rope.trained_context as it is",
         )

@@ -50,7 +50,7 @@ def test_what_earlier_commits_wrote_is_read_and_written_again_the_same(tmp_path:
         (lambda values: values.pop("validated"), "validated"),
         (lambda values: values.update(step="15"), "another type"),
         (lambda values: values.update(tokens=math.nan), "not JSON compliant"),
-        (lambda values: values["guard"].update(scales_loss=3), "another type"),
+        (lambda values: values["guard"].update(scales_loss=3), "scales_loss=3 must be true or false"),
         (lambda values: values["guard"].update(losses=[1.0, "x"]), "x"),
         (lambda values: values["guard"].pop("n_rollbacks"), "another type"),
         (lambda values: values["position"].update(epoch="0"), "another type"),

@@ -165,7 +165,7 @@ def test_mistakes_in_the_arguments_cost_no_imports(prepared: Prepared, tmp_path:
         "there is SOURCE itself, which growth would replace: choose another name": [
             str(tmp_path / "there"), "--config", config, "--overwrite", "--out", f"{tmp_path}/./there"],
         "error: no config file nope.yaml": [str(tmp_path), "--config", "nope.yaml", "--out", "x"],
-        "'d_modle' not in 'ModelConfig'. Did you mean: 'd_model'": [
+        "model.d_modle is no setting: did you mean model.d_model?": [
             str(tmp_path), "--config", config, "--out", "x", "model.d_modle=3"],
     }  # fmt: skip
     results = run_without_torch(PROGRAM, [*cases.values(), ["--help"]])

@@ -240,7 +240,7 @@ def test_mistakes(prepared: Prepared, tmp_path: Path) -> None:
         (["--bound", "0", "--moved-to", "2:1"], "--bound 0.0 must be positive"),
         (["--steps", "2", "--out", str(tmp_path)], f"--out {tmp_path} exists: choose another name"),
         (["--steps", "2", "data.tokenizer=nowhere"], "nowhere: no such file; train one with tools/train_tokenizer.py"),
-        (["model.d_modle=3"], "Did you mean: 'd_model'?"),
+        (["model.d_modle=3"], "did you mean model.d_model?"),
     ]
     lines = [
         [*config, *(a for a in arguments if "=" in a), *(a for a in arguments if "=" not in a)]
