@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", type=Path, metavar="DEMO", help="folder of the demo, runs/demo")
     parser.add_argument("--prompts", action="store_true", help="print the first words of two documents, and end")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     demo = args.demo
     if args.prompts:
         print(*prompts(demo / "data"), sep="\n")

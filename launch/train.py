@@ -32,7 +32,7 @@ second signal 128 + its number. docs/recovery.md has what happens when.""",
     parser.add_argument("config", help="a YAML file, such as configs/tiny_gqa.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher; the environment says it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with said_once("node"):
         read_ranks()  # refuses a start that would make several worlds of one
     with said_once("world" if Path(arguments.config).is_file() else "node"):

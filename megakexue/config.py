@@ -49,6 +49,12 @@ Place = Annotated[str, "a path"]
 BOUND = 2**63
 """Every number of a config is below it, so that seeds, counters and tensors can hold it."""
 
+MAX_CONTEXT = 2**26
+"""Tokens in the longest row or context. The search for a RoPE base looks at each distance in it."""
+
+MAX_HEAD_WIDTH = 2**16
+"""The same search takes memory for each pair of a head."""
+
 YEAR_S = 31_536_000
 """The longest time that a setting may have: what waits for it cannot count arbitrarily far."""
 
@@ -124,6 +130,11 @@ def above_one(section: Any, *keys: str) -> None:
     _each(section, keys, lambda value: value > 1, "be above 1")
 
 
+def at_most(section: Any, limit: int, *keys: str) -> None:
+    """Require numbers up to a limit, beyond which no machine could make what they ask for."""
+    _each(section, keys, lambda value: value <= limit, f"be at most {limit}")
+
+
 def seconds(section: Any, *keys: str) -> None:
     """Require times that a timer can wait for."""
     _each(section, keys, lambda value: 0.001 <= value <= YEAR_S, f"be between 0.001 and {YEAR_S} seconds, a year")
@@ -184,6 +195,7 @@ class RopeConfig:
         else:
             above_one(self, "model.rope.base")
         positive(self, "model.rope.context")
+        at_most(self, MAX_CONTEXT, "model.rope.context", "model.rope.trained_context")
         require(0 < self.fraction <= 1, f"model.rope.fraction={self.fraction} must be in (0, 1]")
         above_one(self, "model.rope.trained_context")
         trained = self.trained_context
@@ -265,6 +277,8 @@ class MlaConfig:
     def __post_init__(self) -> None:
         positive(self, "model.mla.d_latent", "model.mla.d_query_latent", "model.mla.d_nope")
         positive(self, "model.mla.d_rope", "model.mla.d_value")
+        at_most(self, MAX_HEAD_WIDTH, "model.mla.d_nope", "model.mla.d_rope", "model.mla.d_value")
+        at_most(self, 2**31, "model.mla.d_latent", "model.mla.d_query_latent")
         require(self.d_rope % 2 == 0, f"model.mla.d_rope={self.d_rope} must be even, since RoPE rotates pairs")
 
 
@@ -309,6 +323,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive(self, "model.vocab_size", "model.d_model", "model.n_layers", "model.n_heads", "model.n_kv_heads")
         positive(self, "model.d_head", "model.d_ff")
+        at_most(self, 2**31, "model.vocab_size", "model.d_model", "model.d_ff", "model.n_heads", "model.n_kv_heads")
+        at_most(self, 2**16, "model.n_layers")
         if self.mla is None:
             self._check_heads()
         else:
@@ -328,6 +344,11 @@ class ModelConfig:
         multiple(self, "model.n_heads", "model.n_kv_heads", f": set model.n_kv_heads to a divisor of {self.n_heads}")
         if self.d_head is None:
             multiple(self, "model.d_model", "model.n_heads", ": change one, or set model.d_head")
+        width = self.head_width
+        require(
+            width <= MAX_HEAD_WIDTH,
+            f"a head width (model.d_head) of {width} must be at most {MAX_HEAD_WIDTH}",
+        )
         rotated = self.rope.fraction * self.head_width
         require(
             abs(rotated - self.rotary_width) < 1e-3 and self.rotary_width % 2 == 0 and self.rotary_width > 0,
@@ -439,9 +460,10 @@ class DataConfig:
             same = [other.path for other in self.sources[:i] if other.place == source.place]
             require(not same, f"data.sources names a folder twice: {[*same, source.path]}")
         above_one(self, "data.seq_len")
+        at_most(self, MAX_CONTEXT, "data.seq_len")
         positive(self, "data.n_prefetch")
         not_negative(self, "data.shuffle_seed", "data.download_retries")
-        require(self.download_retries <= 100, f"data.download_retries={self.download_retries} must be at most 100")
+        at_most(self, 100, "data.download_retries")
         seconds(self, "data.download_timeout_s")
 
 
@@ -651,7 +673,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         positive(self, "engine.bucket_elements")
-        require(self.bucket_elements < 2**31, f"engine.bucket_elements={self.bucket_elements} must be below 2^31")
+        at_most(self, 2**31 - 1, "engine.bucket_elements")
         seconds(self, "engine.timeout_s")
 
 
@@ -894,12 +916,12 @@ def _argument(parse: Callable[[Any], Number], text: str) -> Number:
         raise argparse.ArgumentTypeError(f"{text} {error}") from error
 
 
-def integer(text: str) -> int:
+def as_integer(text: str) -> int:
     """The `type` of a program's option: an integer below 2^63."""
     return _argument(parse_integer, text)
 
 
-def number(text: str) -> float:
+def as_number(text: str) -> float:
     """The `type` of a program's option: a finite number."""
     return _argument(parse_number, text)
 
@@ -926,6 +948,14 @@ class _TextLoader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True  # a value that is there twice is written twice
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # in its other styles PyYAML writes a line separator of Unicode as it is, and reads a space
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _quoted)
 
 
 _YAML_FAULTS = {
@@ -1163,7 +1193,8 @@ def _read(kind: Any, value: Any, key: str) -> Any:
     kinds = _kinds(kind)
     if kind is Any or (value is None and NoneType in kinds):
         return value
-    *others, last = (k for k in kinds if k is not NoneType)
+    is_float = float in kinds and isinstance(value, str) and not value.strip("+-").replace("_", "").isdigit()
+    *others, last = (k for k in kinds if k is not NoneType and not (is_float and k is int))
     for other in others:
         with suppress(UserError):
             return _read_one(other, value, key)

@@ -55,11 +55,19 @@ def sync_folder(path: Path) -> None:
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """Read a JSON object. Raises UserError, saying `what` the file is, when it is missing or damaged."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read {what}: {error}") from error
     require(isinstance(value, dict), f"{path}: {what} must be a JSON object")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON that others may have written. Raises ValueError, also where Python's stack would not do."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def json_text(value: Any) -> str:

@@ -28,10 +28,10 @@ from megakexue.config import (
     SourceConfig,
     TrainConfig,
     UserError,
+    as_integer,
+    as_number,
     build,
-    integer,
     load_config,
-    number,
     read_yaml,
     to_yaml,
 )
@@ -298,9 +298,15 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         (["train.steps=[3]"], "train.steps=[3] must be a whole number"),
         (["train.seed=18446744073709551616"], "train.seed=18446744073709551616 is out of range: it must be between -2"),
         (["data.download_retries=101"], "data.download_retries=101 must be at most 100"),
-        (["engine.bucket_elements=2_147_483_648"], "engine.bucket_elements=2147483648 must be below 2^31"),
+        (["engine.bucket_elements=2_147_483_648"], "engine.bucket_elements=2147483648 must be at most 214748"),
         (["engine.timeout_s=1e9"], "engine.timeout_s=1000000000.0 must be between 0.001 and 31536000 seconds, a year"),
         (["optim.lr=1e19"], "optim.lr=1e+19 is too large: it must be below 2^63"),
+        (["model.n_layers=1e9"], "model.n_layers=1000000000 must be at most 65536"),
+        (["model.d_ff=1e12"], "model.d_ff=1000000000000 must be at most 2147483648"),
+        (["model.d_model=1e9"], "a head width (model.d_head) of 250000000 must be at most 65536"),
+        (["model.mla={d_rope: 1e6}", "model.n_kv_heads=null"], "model.mla.d_rope=1000000 must be at most 65536"),
+        (["model.rope.context=1e9"], "model.rope.context=1000000000 must be at most 67108864"),
+        (["data.seq_len=1e9"], "data.seq_len=1000000000 must be at most 67108864"),
         (["optim.lr=fast"], "optim.lr=fast must be a number, such as 0.1 or 1e-3"),
         (["optim.lr={}"], "optim.lr={} must be a number, such as 0.1 or 1e-3"),
         (["model.tie_embeddings=1"], "model.tie_embeddings=1 must be true or false"),
@@ -520,13 +526,13 @@ def test_numbers_out_of_range_on_the_command_line_and_in_code() -> None:
 
 
 def test_numbers_of_programs() -> None:
-    assert (integer("1e3"), integer("-5"), integer("1_0"), number("1e-3")) == (1000, -5, 10, 0.001)
+    assert (as_integer("1e3"), as_integer("-5"), as_integer("1_0"), as_number("1e-3")) == (1000, -5, 10, 0.001)
     for text in ("nan", "inf", str(2**63), "1e400", "x", "", "1.5"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"must be"):
-            integer(text)
+            as_integer(text)
     for text in ("nan", "inf", "1e400", "x", ""):
         with pytest.raises(argparse.ArgumentTypeError, match=r"must be a (finite )?number"):
-            number(text)
+            as_number(text)
 
 
 PARTS = st.sampled_from([*WORDS, "${", "\\", "}", " ", "\n", "'"])

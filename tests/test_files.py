@@ -73,7 +73,10 @@ def test_json_comes_back(tmp_path: Path) -> None:
         (b'{"a": 1', "a.json: cannot read the manifest: Expecting ',' delimiter"),
         (b'{"a": "\xff"}', "a.json: cannot read the manifest: 'utf-8' codec can't decode"),
         (b"[1]", "a.json: the manifest must be a JSON object"),
+        (b'{"a": ' + b"[" * 100_000, "a.json: cannot read the manifest: it is nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "a.json: cannot read the manifest: Exceeds the limit"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_read_json_says_what_is_wrong(content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:

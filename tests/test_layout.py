@@ -1,10 +1,13 @@
 """The shape of the repository: import levels, one owner for each package, and the README's tree."""
 
+import argparse
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -238,3 +241,57 @@ def test_programs_are_executable_and_explain_themselves() -> None:
         text = path.read_text(encoding="utf-8")
         assert path.stat().st_mode & 0o111 and text.startswith("#!/usr/bin/env python\n"), path
         assert "run_program(main)" in text, path
+
+
+class Captured(Exception):
+    """A program has made its parser, and reads its arguments by a method of this name."""
+
+
+READ_BY_ANOTHER_RULE = {ROOT / "tools" / "prepare_data.py", ROOT / "tools" / "train_tokenizer.py"}
+PROGRAMS = {*(ROOT / "launch").rglob("*.py"), *(ROOT / "tools").rglob("*.py")} - READ_BY_ANOTHER_RULE
+
+
+def parser_of(program: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[argparse.ArgumentParser, str]:
+    """Run a program until it reads its arguments; return its parser, and the method that it reads them with."""
+
+    def capture(name: str) -> Any:
+        def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+            raise Captured(parser, name)
+
+        return stop
+
+    with monkeypatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, capture(name))
+        with pytest.raises(Captured) as caught:
+            runpy.run_path(str(program), run_name="a_program")["main"]()
+    parser, name = caught.value.args
+    return parser, name
+
+
+def example(action: argparse.Action) -> str:
+    return str(next(iter(action.choices))) if action.choices else "1"
+
+
+@pytest.mark.parametrize(
+    "program", sorted(PROGRAMS - {ROOT / "tools/experiments/common.py"}), ids=lambda path: path.stem
+)
+def test_programs_take_their_arguments_in_any_order(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser, method = parser_of(program, monkeypatch)
+    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    # int and float would take numbers that nothing can hold
+    assert [action.dest for action in actions if action.type in (int, float)] == []
+    positionals = [
+        example(action) for action in actions if not action.option_strings
+        for _ in range(3 if action.nargs in ("*", "+") else 1)
+    ]  # fmt: skip
+    rivals = [action for group in parser._mutually_exclusive_groups for action in group._group_actions[1:]]
+    options = [
+        [action.option_strings[0], *([] if action.nargs == 0 else [example(action)])]
+        for action in actions if action.option_strings and action.nargs not in ("*", "+") and action not in rivals
+    ]  # fmt: skip
+    mixed = []
+    for i in range(max(len(positionals), len(options))):
+        mixed += [*(options[i] if i < len(options) else []), *positionals[i : i + 1]]
+    plain = [*positionals, *(word for option in options for word in option)]
+    assert vars(getattr(parser, method)(mixed)) == vars(parser.parse_args(plain))

@@ -58,7 +58,7 @@ def main() -> None:
         "folders", metavar="FOLDER", nargs="*", type=Path, default=FOLDERS,
         help=f"folders of the repository (default: {' '.join(map(str, FOLDERS))})",
     )  # fmt: skip
-    for folder in (folders := parser.parse_args().folders):
+    for folder in (folders := parser.parse_intermixed_args().folders):
         require((ROOT / folder).is_dir(), f"{folder}: no such folder in {ROOT}")
     counts = count([ROOT / folder for folder in folders])
     rows = [(name.removeprefix(f"{ROOT}/"), len(lines), sum(lines)) for name, lines in counts.items()]

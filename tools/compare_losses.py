@@ -11,7 +11,7 @@ import argparse
 import math
 from pathlib import Path
 
-from megakexue.config import UserError, require, run_program
+from megakexue.config import UserError, as_number, require, run_program
 from megakexue.files import require_new_file, write_whole
 from megakexue.run.records import StepRecord, read_metrics
 
@@ -95,11 +95,11 @@ def main() -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="A and B; just one with --write-golden")
     parser.add_argument(
-        "--tolerance", metavar="X", type=float, default=0.0, help="largest |A - B| allowed (default: 0)"
+        "--tolerance", metavar="X", type=as_number, default=0.0, help="largest |A - B| allowed (default: 0)"
     )
     parser.add_argument("--write-golden", metavar="FILE", type=Path, help="write the losses of RUN as text instead")
     parser.add_argument("--overwrite", action="store_true", help="let --write-golden replace FILE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     require(arguments.tolerance >= 0, f"--tolerance={arguments.tolerance} must be 0 or more")
     n_runs = 1 if arguments.write_golden else 2
     if len(arguments.runs) != n_runs:

@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from megakexue.config import Config, UserError, load_config, require, run_program
+from megakexue.config import Config, UserError, as_integer, load_config, require, run_program
 from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
@@ -25,9 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the file's")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="world size (default: 1)")
+    parser.add_argument("--ranks", type=as_integer, default=1, metavar="N", help="world size (default: 1)")
     parser.add_argument("--parameters", action="store_true", help="also a line for each kind of parameter")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def check_what_exists(config: Config) -> list[str]:

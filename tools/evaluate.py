@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakexue.config import DataConfig, SourceConfig, require, run_program
+from megakexue.config import DataConfig, SourceConfig, as_integer, require, run_program
 from megakexue.files import require_new_file, sha256, write_whole
 from megakexue.text.manifest import read_manifest
 
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by tools/export_model.py")
     parser.add_argument("data", type=Path, metavar="DATA", help="folder written by tools/prepare_data.py")
     parser.add_argument("--split", choices=("train", "valid"), default="valid", help="(default: valid)")
-    parser.add_argument("--n-rows", type=int, metavar="N", help="read the first N rows (default: all)")
+    parser.add_argument("--n-rows", type=as_integer, metavar="N", help="read the first N rows (default: all)")
     parser.add_argument("--by-position", action="store_true", help="add a table by powers of two of the position")
     parser.add_argument(
         "--one-document",
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights (default: fp32)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU if there is one)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     require(args.n_rows is None or args.n_rows > 0, f"--n-rows {args.n_rows} must be positive")
     require(args.bundle.is_dir(), f"no bundle {args.bundle}: make one with tools/export_model.py")
     require(args.data.is_dir(), f"no folder {args.data}: make one with tools/prepare_data.py")

@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from megakexue.config import require, run_program
+from megakexue.config import as_integer, require, run_program
 
 EPILOG = """\
 A bundle is what generation, evaluation, growth, conversion and train.init_from start from; no DeepSpeed is needed to
@@ -23,13 +23,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, the config's train.run")
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE", help="folder to write")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--step", type=as_integer, help="of the checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: fp32)")
     parser.add_argument(
         "--optimizer", action="store_true", help="add the optimizer's state, for train.init_optimizer=keep"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:

@@ -2,13 +2,12 @@
 """Continue texts with the model of a bundle: one as it is computed, several together as a batch."""
 
 import argparse
-import math
 import os
 import sys
 import time
 from pathlib import Path
 
-from megakexue.config import UserError, require, run_program
+from megakexue.config import UserError, as_integer, as_number, require, run_program
 
 EPILOG = """\
 The text goes to stdout, the prompt first, and what is said about it to stderr. Prompts are taken byte by byte: a
@@ -36,15 +35,17 @@ def parse_arguments() -> argparse.Namespace:
         help="text to continue; may be empty, and be given several times (default: read from stdin)",
     )
     prompt.add_argument("--prompt-file", action="append", type=Path, metavar="FILE", help="the same, from a file")
-    parser.add_argument("--n-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: 0.8)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="mass of the tokens to draw from (default: 0.95)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the first text; the next count up (default: 0)")
-    parser.add_argument("--n-samples", type=int, metavar="K", help="continuations of each prompt (default: 1)")
+    parser.add_argument("--n-tokens", type=as_integer, default=200, metavar="N", help="at most so many (default: 200)")
+    parser.add_argument("--temperature", type=as_number, metavar="X", help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-p", type=as_number, metavar="P", help="mass of the tokens to draw from (default: 0.95)")
+    parser.add_argument(
+        "--seed", type=as_integer, metavar="N", help="of the first text; the next count up (default: 0)"
+    )
+    parser.add_argument("--n-samples", type=as_integer, metavar="K", help="continuations of each prompt (default: 1)")
     parser.add_argument("--greedy", action="store_true", help="take the most probable token")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights (default: fp32)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU if there is one)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     for name, default in {"temperature": 0.8, "top_p": 0.95, "seed": 0, "n_samples": 1}.items():
         option, is_given = "--" + name.replace("_", "-"), getattr(args, name) is not None
         require(not (args.greedy and is_given), f"{option} has no effect with --greedy: drop one of them")
@@ -53,9 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.greedy:
         args.temperature = 0.0
     require(args.n_tokens > 0, f"--n-tokens {args.n_tokens} must be positive")
-    require(0 <= args.temperature < math.inf, f"--temperature {args.temperature} must be finite and not negative")
+    require(args.temperature >= 0, f"--temperature {args.temperature} must not be negative")
     require(0 < args.top_p <= 1, f"--top-p {args.top_p} must be above 0 and at most 1")
-    require(args.n_samples > 0, f"--n-samples {args.n_samples} must be positive")
+    require(0 < args.n_samples <= 65536, f"--n-samples {args.n_samples} must be between 1 and 65536")
     require(0 <= args.seed <= 2**62, f"--seed {args.seed} must be between 0 and 2^62")
     require(args.bundle.is_dir(), f"no bundle {args.bundle}: make one with tools/export_model.py")
     return args

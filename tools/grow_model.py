@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakexue import __version__
-from megakexue.config import DataConfig, ResolvedConfig, SourceConfig, load_config, require, run_program
+from megakexue.config import (
+    DataConfig,
+    ResolvedConfig,
+    SourceConfig,
+    as_integer,
+    as_number,
+    load_config,
+    require,
+    run_program,
+)
 from megakexue.files import sha256, temporary_folder
 from megakexue.text.manifest import check_inputs
 
@@ -52,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, metavar="TARGET", help="YAML of the run that goes on")
     parser.add_argument("--out", type=Path, metavar="BUNDLE", help="folder to write")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over TARGET, such as model.d_ff=1024")
-    parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the newest)")
+    parser.add_argument("--step", type=as_integer, help="of a run's checkpoint (default: the newest)")
     parser.add_argument(
         "--width",
         choices=("pad", "copy"),
@@ -67,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--noise",
-        type=float,
+        type=as_number,
         default=1.0,
         help="size of the random part of grown matrices, which cancels on the old activations and makes copies differ; "
         "1 is that of new weights (default: 1)",
@@ -81,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--optimizer", choices=("keep", "reset"), help="grow its state, or leave it out (default: keep if there is one)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=as_integer, default=0, help="of everything random (default: 0)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     args = parser.parse_intermixed_args()

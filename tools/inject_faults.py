@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import UserError, load_config, require, run_program
+from megakexue.config import UserError, as_integer, load_config, require, run_program
 from megakexue.launcher import read_ranks, said_once
 from megakexue.text.manifest import check_inputs
 
@@ -82,8 +82,8 @@ def main() -> None:
     )
     parser.add_argument("config", help="a YAML file, such as configs/tiny_gqa.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--n-faults", type=int, default=50, help="in as many steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults (default: %(default)s)")
+    parser.add_argument("--n-faults", type=as_integer, default=50, help="in as many steps (default: %(default)s)")
+    parser.add_argument("--seed", type=as_integer, default=0, help="of the faults (default: %(default)s)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     with said_once("node"):

@@ -250,7 +250,7 @@ def main() -> None:
         help="a horizontal line at this loss; repeatable",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace PNG")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if not arguments.out and not arguments.report:
         parser.error("nothing to do: give --out PNG, --report or both")
     baselines = dict(map(parse_baseline, arguments.baseline))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megakexue.config import require, run_program
+from megakexue.config import as_integer, require, run_program
 from megakexue.files import require_new_file, write_whole
 
 EPILOG = """\
@@ -33,13 +33,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("dump", type=Path, metavar="DUMP", help="folder RUN/dumps/step_XXXXXXXX")
     parser.add_argument(
-        "--rank", type=int, action="append", metavar="N", help="compute what this rank did; repeatable (default: all)"
+        "--rank",
+        type=as_integer,
+        action="append",
+        metavar="N",
+        help="compute what this rank did; repeatable (default: all)",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="compute in it (default: the training's)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU if there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings into it, too")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     require(args.dump.is_dir(), f"no folder {args.dump}: a run that its guard stops writes RUN/dumps/step_XXXXXXXX")
     if args.json:
         require_new_file("--json", args.json, args.overwrite)

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megakexue.config import UserError, load_config, require, run_program
+from megakexue.config import (
+    MAX_CONTEXT,
+    MAX_HEAD_WIDTH,
+    UserError,
+    as_integer,
+    as_number,
+    load_config,
+    require,
+    run_program,
+)
 from megakexue.core.bases import (
     Bases,
     find_bases,
@@ -139,10 +148,12 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--d-rotary", metavar="N", type=int, help="dimensions of a head that RoPE rotates")
-    parser.add_argument("--context", metavar="N", type=int, help="tokens that the base must serve")
-    parser.add_argument("--unrotated", metavar="N", type=int, help="pairs of the head not rotated, which add 1 each")
-    parser.add_argument("--base", metavar="B", type=float, help="a base to check")
+    parser.add_argument("--d-rotary", metavar="N", type=as_integer, help="dimensions of a head that RoPE rotates")
+    parser.add_argument("--context", metavar="N", type=as_integer, help="tokens that the base must serve")
+    parser.add_argument(
+        "--unrotated", metavar="N", type=as_integer, help="pairs of the head not rotated, which add 1 each"
+    )
+    parser.add_argument("--base", metavar="B", type=as_number, help="a base to check")
     parser.add_argument("--config", metavar="YAML", type=Path, help="take width, context and base from a config")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of the config")
     parser.add_argument("--plot", metavar="PNG", type=Path, help="draw f_b(m)")
@@ -153,6 +164,8 @@ def parse_arguments() -> argparse.Namespace:
         value, name = getattr(args, option), "--" + option.replace("_", "-")
         require(value is None or (value >= 0 and (value > 0 or option == "unrotated")), f"{name} {value} is too small")
         require(value is None or args.config is None, f"{name} and --config: give one; the config has its own")
+    for name, value, limit in (("--d-rotary", args.d_rotary, MAX_HEAD_WIDTH), ("--context", args.context, MAX_CONTEXT)):
+        require(value is None or value <= limit, f"{name} {value} must be at most {limit}")
     require(args.d_rotary is None or args.d_rotary % 2 == 0, f"--d-rotary {args.d_rotary} must be even")
     require(args.base is None or args.base > 1, f"--base {args.base} must be above 1")
     require(args.config is not None or not args.overrides, f"{args.overrides} change a config: give --config")

@@ -7,7 +7,6 @@ Each case trains 2K steps straight and, in another run folder, until it is stopp
 import argparse
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import platform
@@ -27,8 +26,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import PREEMPTED, Config, UserError, load_config, require, run_program, to_yaml
-from megakexue.files import require_writable, write_whole, writing
+from megakexue.config import (
+    PREEMPTED,
+    Config,
+    UserError,
+    as_integer,
+    as_number,
+    load_config,
+    require,
+    run_program,
+    to_yaml,
+)
+from megakexue.files import parse_json, read_json, require_writable, write_whole, writing
 from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
@@ -112,7 +121,7 @@ class Comparison:
                 self.first_step = min(self.first_step, step)
 
     def trainer(self, a: Path, b: Path, keys: tuple[str, ...] = TRAINER) -> None:
-        left, right = (json.loads((folder / "trainer.json").read_text(encoding="utf-8")) for folder in (a, b))
+        left, right = (read_json(folder / "trainer.json", "the trainer's state") for folder in (a, b))
         for key in keys:
             self.values("trainer values", f"{a.name}/trainer.json", {key: left.get(key)}, {key: right.get(key)})
 
@@ -141,7 +150,11 @@ class Comparison:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = run / "metrics.jsonl"
+    try:
+        return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path}: cannot read the records of a run: {error}") from error
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -381,14 +394,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny_mla.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    parser.add_argument("--steps", type=int, default=5, metavar="K", help="half the steps (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", metavar="N", help="cases (default: the GPUs, or 2 on CPU)")
-    parser.add_argument("--stages", type=int, nargs="+", metavar="S", help="cases (default: engine.zero_stage)")
+    parser.add_argument(
+        "--steps", type=as_integer, default=5, metavar="K", help="half the steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks", type=as_integer, nargs="+", metavar="N", help="cases (default: the GPUs, or 2 on CPU)"
+    )
+    parser.add_argument("--stages", type=as_integer, nargs="+", metavar="S", help="cases (default: engine.zero_stage)")
     parser.add_argument("--kill", choices=SIGNALS, default="kill", help="how the run is stopped (default: %(default)s)")
     parser.add_argument("--moved-to", metavar="RANKS:STAGE", help="where it is resumed (default: where it was)")
     bounds = ", ".join(f"{dtype} {bound:g}" for dtype, bound in BOUNDS.items())
-    parser.add_argument("--bound", type=float, metavar="X", help=f"of --moved-to, relative (default: {bounds})")
-    parser.add_argument("--seed", type=int, default=0, help="of the moment (default: %(default)s)")
+    parser.add_argument("--bound", type=as_number, metavar="X", help=f"of --moved-to, relative (default: {bounds})")
+    parser.add_argument("--seed", type=as_integer, default=0, help="of the moment (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new one (default: in runs/verify_resume)")
     parser.add_argument("--keep", action="store_true", help="keep the folders in any case, with certificate.txt")
     parser.add_argument("--save-again", type=Path, help=argparse.SUPPRESS)  # what --moved-to starts on its ranks

@@ -248,18 +248,24 @@ class Reader:
         self._paths = [folder / name for name in names]
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
         for path in self._paths:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    kind, name, start = key.split("/") if key.count("/") == 2 else (key, "", "0")
-                    if name:
-                        length = file.get_slice(key).get_shape()[0]
-                        piece = (int(start), int(start) + length, path, key)
-                        self._pieces.setdefault((kind, name), []).append(piece)
+            try:
+                self._note_pieces(path)
+            except (SafetensorError, ValueError, IndexError) as error:
+                raise UserError(f"{path} is damaged: {error}: copy the folder again") from error
         for (kind, name), pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[0])
             for (_, stop, _, _), (start, _, path, _) in pairwise(pieces):
                 if start < stop:
                     raise UserError(f"{path}: elements {start}:{stop} of {name} ({kind}) are there twice")
+
+    def _note_pieces(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                kind, name, start = key.split("/") if key.count("/") == 2 else (key, "", "0")
+                if name:
+                    length = file.get_slice(key).get_shape()[0]
+                    piece = (int(start), int(start) + length, path, key)
+                    self._pieces.setdefault((kind, name), []).append(piece)
 
     def check(self, kind: str, segment: Segment) -> None:
         """Raise UserError unless the checkpoint holds all elements of a segment."""

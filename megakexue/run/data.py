@@ -152,6 +152,16 @@ class Batches:
         values = [contents, shards, order.chosen, order.seed, order.shuffle, order.n_windows]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each source that gives no row, in any epoch."""
+        return [
+            f"data source {source.path} gives none of the {self.n_rows} rows of an epoch: raise its weight in "
+            "data.sources, or leave it out"
+            for source, n in zip(self.sources, self.order.chosen)
+            if n == 0
+        ]
+
     def locate(self, position: Position) -> str:
         """Name the source, shard and row of a sample, for the log of a bad batch."""
         return self.rows.locate(self.order.row(position))

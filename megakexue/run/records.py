@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megakexue.config import Status, UserError, require
+from megakexue.files import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def read_metrics(path: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record = _parse(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if number == len(lines):
                 break
             remedy = "repair the line or move the file away"
@@ -135,7 +136,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def _parse(line: str) -> Record:
-    values = json.loads(line)
+    values = parse_json(line)
     kind = _KINDS[values.pop("kind")]
     if kind is StatisticsRecord:
         values["whole"] = _typed(TensorStatistics, values["whole"])

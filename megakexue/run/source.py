@@ -65,7 +65,12 @@ class Source:
         self.manifest = self._read_manifest()
         self.n_rows = self.manifest.n_rows(split)
         self.shards: list[MDSReader] = self._read_index() if self.n_rows else []
-        self.shard_rows = np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        rows = [shard.samples for shard in self.shards]
+        is_sound = all(isinstance(n, int) and 0 <= n <= self.n_rows for n in rows)
+        require(
+            is_sound, f"data source {self.path}: {split}/index.json is damaged: a shard's rows are no number of rows"
+        )
+        self.shard_rows = np.array(rows, dtype=np.int64)
         found = int(self.shard_rows.sum())
         require(
             found == self.n_rows,

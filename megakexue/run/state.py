@@ -66,7 +66,7 @@ class TrainerState:
             state = build(cls, known, where="")
             # nothing was converted on the way, such as "3" to 3
             require(state.to_json() == known, "a value has another type")
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{path} is not of the form that this version writes ({str(error).strip(': ')}): use the version of "
                 "megakexue that wrote it, or remove that folder to go on from the one before"

@@ -184,7 +184,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
             "run": f"{folder} (config.yaml, metrics.jsonl, logs/, checkpoints/)",
         }
         screen = describe(given, config, ranks.world_size, more)
-        metrics.message("\n".join([screen, *(f"WARNING: {warning}" for warning in warnings)]))
+        metrics.message("\n".join([screen, *(f"WARNING: {warning}" for warning in [*warnings, *data.warnings])]))
     log.info("step %d of %d: %s", begun.state.step, config.train.steps, begun.origin)
     saves = Saves(
         engine, folder / "checkpoints", begun.saved, say=lambda text: _say(metrics, text),

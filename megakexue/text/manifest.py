@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import Config, require
+from megakexue.config import BOUND, Config, build, require
 from megakexue.files import read_json, sha256
 
 
@@ -42,7 +42,13 @@ def read_manifest(folder: str | Path, copy: Path | None = None) -> Manifest:
     names = {field.name for field in fields(Manifest)}
     missing = names - values.keys()
     require(not missing, f"{folder}/manifest.json lacks {sorted(missing)}: prepare the data again")
-    return Manifest(**{name: values[name] for name in names})
+    manifest = build(Manifest, {name: values[name] for name in names}, where=f"{folder}/manifest.json")
+    rows = [split.get("rows", 0) for split in manifest.splits.values()]
+    require(
+        all(isinstance(n, int) and 0 <= n < BOUND for n in rows),
+        f"{folder}/manifest.json: splits: rows must be whole numbers, not {rows}: prepare the data again",
+    )
+    return manifest
 
 
 def check_tokenizer(manifest: Manifest, folder: str | Path, tokenizer: str) -> None:

@@ -351,11 +351,12 @@ def program_here(
 
 def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(bundle: Bundle, tmp_path: Path) -> None:
     cases = [
-        (["--temperature", "-1"], "--temperature -1.0 must be finite and not negative"),
-        (["--temperature", "nan"], "--temperature nan must be finite and not negative"),
+        (["--temperature", "-1"], "--temperature -1.0 must not be negative"),
+        (["--temperature", "nan"], "argument --temperature: nan must be a finite number, such as 0.1 or 1e-3"),
         (["--top-p", "0"], "--top-p 0.0 must be above 0 and at most 1"),
         (["--n-tokens", "0"], "--n-tokens 0 must be positive"),
-        (["--n-samples", "0"], "--n-samples 0 must be positive"),
+        (["--n-samples", "0"], "--n-samples 0 must be between 1 and 65536"),
+        (["--n-samples", "1e15"], "--n-samples 1000000000000000 must be between 1 and 65536"),
         (["--seed", "-1"], "--seed -1 must be between 0 and 2^62"),
         (["--greedy", "--seed", "0"], "--seed has no effect with --greedy: drop one of them"),
         (["--greedy", "--n-samples", "2"], "--n-samples has no effect with --greedy"),
@@ -364,7 +365,7 @@ def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(bundle: Bun
         (["--prompt-file", str(tmp_path / "none")], f"cannot read --prompt-file {tmp_path}/none: No such file"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument --prompt"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--n-tokens", "many"], "invalid int value: 'many'"),
+        (["--n-tokens", "many"], "argument --n-tokens: many must be a whole number, such as 1000 or 1e3"),
     ]
     command_lines = [[str(bundle.folder), *arguments] for arguments, _ in cases]
     results = run_without_torch(PROGRAM, [*command_lines, [str(tmp_path / "none"), "--prompt", ""]])

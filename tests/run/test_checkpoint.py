@@ -161,7 +161,7 @@ def test_damage_is_found_and_the_one_before_is_used(
         ((newest / "trainer.json").unlink, "trainer.json is missing"),
         (empty, "cannot read the manifest of a checkpoint"),
         (lambda: (newest / "manifest.json").write_text("{"), "cannot read the manifest of a checkpoint"),
-        (lambda: (newest / "manifest.json").write_text("[" * 100_000), "RecursionError"),
+        (lambda: (newest / "manifest.json").write_text("[" * 100_000), "nested too deeply"),
         (lambda: set_manifest({"format": 3}), "format 3 is not 4"),
         (lambda: set_manifest({"files": files | outside}), "names '../../latest', which no checkpoint has"),
         (lambda: set_manifest({"files": files | {"a.pt": {}}}), "names 'a.pt', which no checkpoint has"),

@@ -154,6 +154,15 @@ def test_mixture_of_real_sources(tmp_path: Path, small_windows: None) -> None:
         assert sum(row in a for row in read) == 30 and sum(row in b for row in read) == 60
         used.update(read)
     assert all(used[row] == 1 for row in a) and all(used[row] == 4 for row in b)
+    assert batches.warnings == []
+    # a weight that gives a source not one row of the 90
+    a_little = SourceConfig(path=str(tmp_path / "a"), weight=1e-3)
+    config = data_config(a_little, SourceConfig(path=str(tmp_path / "b"), weight=1.0))
+    batches = open_batches(config, tmp_path, global_batch_size=90, micro_batch_size=90)
+    assert batches.warnings == [
+        f"data source {tmp_path / 'a'} gives none of the 90 rows of an epoch: raise its weight in data.sources, or "
+        "leave it out"
+    ]
 
 
 # --- validation

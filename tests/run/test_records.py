@@ -72,7 +72,10 @@ def test_lines_are_strict_json(tmp_path: Path) -> None:
         '{"kind": "statistics", "step": 2, "whole": [], "tensors": [], "n_drifting_rows": 0}',
         "\x00\x00",
         "",
+        '{"kind": "valid", "step": Infinity, "loss": 1, "n_tokens": 1}',
+        '{"kind": ' + "[" * 100_000,
     ],
+    ids=lambda damage: damage[:40],
 )
 def test_damage_before_the_last_line_is_an_error(tmp_path: Path, damage: str) -> None:
     write_run(tmp_path, range(1, 4))

@@ -515,6 +515,11 @@ def test_refuses_what_is_no_dump(tmp_path: Path, batches: list[list[Batch]]) -> 
     seal(folder)
     with pytest.raises(UserError, match=r"is no dump of a stopped step: rank_00001.safetensors has no batches"):
         Dump(folder)
+    for spoilt in (b"\x05", (100_000).to_bytes(8, "little") + b"[" * 100_000, b"", content[:100]):
+        damaged.write_bytes(spoilt)
+        seal(folder)  # whoever made the folder made its manifest, too
+        with pytest.raises(UserError, match=r"rank_00001.safetensors is damaged: .*: copy the folder again"):
+            Dump(folder)
     damaged.unlink()
     seal(folder)
     with pytest.raises(UserError, match=r"world_size=2, but manifest.json lacks \['rank_00001.safetensors'\]: copy it"):

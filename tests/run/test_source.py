@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_manifest_that_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "c/manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"c/manifest.json lacks \['bos_id', 'eos_id'"):
         open_batches(data_config(tmp_path / "c"), tmp_path)
+    write_source(tmp_path / "d", 20)
+    index = tmp_path / "d/train/index.json"
+    for samples in ('"5"', "-1", "1e400"):
+        index.write_text(re.sub(r'"samples": [^,]+', f'"samples": {samples}', index.read_text()))
+        with pytest.raises(UserError, match=r"train/index.json"):
+            open_batches(data_config(tmp_path / "d"), tmp_path)
+    index.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"cannot read train/index.json after 1 attempts \(RecursionError"):
+        open_batches(data_config(tmp_path / "d"), tmp_path)
 
 
 def test_rows_of_another_width(tmp_path: Path) -> None:

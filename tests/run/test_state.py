@@ -49,6 +49,7 @@ def test_what_earlier_commits_wrote_is_read_and_written_again_the_same(tmp_path:
     [
         (lambda values: values.pop("validated"), "validated"),
         (lambda values: values.update(step="15"), "another type"),
+        (lambda values: values.update(step=2**64), "is out of range: it must be between -2^63 and 2^63"),
         (lambda values: values.update(tokens=math.nan), "not JSON compliant"),
         (lambda values: values["guard"].update(scales_loss=3), "scales_loss=3 must be true or false"),
         (lambda values: values["guard"].update(losses=[1.0, "x"]), "x"),
@@ -72,6 +73,17 @@ def test_another_form_is_refused(spoil: Callable[[dict[str, Any]], Any], reason:
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer\.json: cannot read the trainer's state"):
         TrainerState.read(tmp_path)
+    # nested so deeply that Python can parse it but not copy it, or not even parse it
+    for depth in (100, 600, 800, 900, 950, 100_000):
+        text = json.dumps(json.loads(GOLDEN.read_text(encoding="utf-8")) | {"lineage": [{"source": "NEST"}]})
+        text = text.replace('"NEST"', "[" * depth + "]" * depth)
+        (tmp_path / "trainer.json").write_text(text, encoding="utf-8")
+        try:
+            TrainerState.read(tmp_path)
+        except UserError as error:
+            assert depth > 100 and "trainer.json" in str(error) and "\n" not in str(error)
+        else:
+            assert depth < 900
 
 
 def test_differences_are_data_by_key() -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,13 +207,17 @@ def train_poisoned(config: Config, factors: dict[int, float]) -> str:
     ],
 )
 def test_bad_steps_end_the_run_and_are_on_record(
-    prepared: Prepared, tmp_path: Path, policy: str, last_step: int, words: str
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str], policy: str, last_step: int, words: str
 ) -> None:
+    unread = tmp_path / "unread"
+    shutil.copytree(prepared.data, unread)
     config = tiny_config(
         prepared, tmp_path, f"guard.on_nonfinite={policy}", "guard.max_bad_steps=2", "train.micro_batch_size=16",
         "evaluate.every_steps=null",
+        f"data.sources=[{{path: {prepared.data}, weight: 1e9}}, {{path: {unread}, weight: 1e-9}}]",
     )  # fmt: skip
     (message,) = run_on_ranks(1, train_poisoned, config, {step: math.nan for step in range(3, 9)})
+    assert f"WARNING: data source {unread} gives none of the " in capfd.readouterr().out
     assert f"step {last_step}: loss nan" in message and words in message
     assert "; gradients that are not finite: embedding.weight and 19 more; this began in the loss of rank 0;" in message
     assert [r["status"] for r in records(tmp_path)] == ["applied"] * 2 + ["skipped"] * (last_step - 2)

@@ -54,6 +54,17 @@ def test_what_is_no_manifest_is_named(prepared: Prepared, tmp_path: Path) -> Non
     with pytest.raises(UserError) as error:
         read_manifest("s3://bucket/a", copy)
     assert str(error.value) == "s3://bucket/a/manifest.json lacks ['pad_id', 'splits']: prepare the data again"
+    copy.write_text(json.dumps(written | {"seq_len": "long"}))
+    with pytest.raises(UserError, match=r"a/manifest\.json: seq_len=long must be a whole number"):
+        read_manifest("s3://bucket/a", copy)
+    rows = r"splits: rows must be whole numbers, not \['5'\]: prepare the data again"
+    for spoilt, said in {"[]": r"splits=\[\] must be pairs", '{"train": {"rows": "5"}}': rows}.items():
+        copy.write_text(json.dumps(written | {"splits": json.loads(spoilt)}))
+        with pytest.raises(UserError, match=said):
+            read_manifest("s3://bucket/a", copy)
+    copy.write_text('{"splits": ' + "[" * 100_000)
+    with pytest.raises(UserError, match="cannot read the manifest of s3://bucket/a: it is nested too deeply"):
+        read_manifest("s3://bucket/a", copy)
     copy.write_text("[]")
     with pytest.raises(UserError, match="the manifest of s3://bucket/a must be a JSON object"):
         read_manifest("s3://bucket/a", copy)

@@ -144,6 +144,8 @@ def test_user_errors(tool: Tool, tmp_path: Path) -> None:
         (("--d-rotary", 64), "give --d-rotary and --context, or --config"),
         (("--d-rotary", 63, "--context", 64), "--d-rotary 63 must be even"),
         (("--d-rotary", 64, "--context", 0), "--context 0 is too small"),
+        (("--d-rotary", 64, "--context", "1e12"), "--context 1000000000000 must be at most 67108864"),
+        (("--d-rotary", "1e12", "--context", 64), "--d-rotary 1000000000000 must be at most 65536"),
         (("--d-rotary", 64, "--context", 64, "--unrotated", -1), "--unrotated -1 is too small"),
         (("--d-rotary", 64, "--context", 64, "--base", 1), "--base 1.0 must be above 1"),
         (("--d-rotary", 64, "--context", 64, "data.seq_len=3"), "['data.seq_len=3'] change a config: give --config"),

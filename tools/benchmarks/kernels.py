@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from megakexue.config import AttentionConfig, LossConfig, MlaConfig, ModelConfig, OptimConfig, run_program
+from megakexue.config import AttentionConfig, LossConfig, MlaConfig, ModelConfig, OptimConfig, as_integer, run_program
 
 EPILOG = """\
 example:
@@ -198,9 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, help="at least 2 (default: %(default)s)")
+    parser.add_argument("--rounds", type=as_integer, default=9, help="at least 2 (default: %(default)s)")
     parser.add_argument("--only", metavar="TEXT", default="", help="compare only where the line contains TEXT")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds} must be at least 2")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported

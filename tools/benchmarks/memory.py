@@ -20,6 +20,7 @@ from megakexue.config import (
     ResolvedConfig,
     SourceConfig,
     TrainConfig,
+    as_integer,
     run_program,
 )
 
@@ -267,11 +268,13 @@ def main() -> None:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stages, dtypes, ways = (0, 1, 2, 3), ("fp32", "bf16"), ("gradient", "momentum")
-    parser.add_argument("--stages", type=int, nargs="+", choices=stages, default=stages, help="default: all")
+    parser.add_argument("--stages", type=as_integer, nargs="+", choices=stages, default=stages, help="default: all")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes, help="default: both")
     parser.add_argument("--accumulate", nargs="+", choices=ways, default=ways, help="default: both")
-    parser.add_argument("--micro-batches", type=int, default=4, help="of a rank in a step (default: %(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--micro-batches", type=as_integer, default=4, help="of a rank in a step (default: %(default)s)"
+    )
+    arguments = parser.parse_intermixed_args()
     if arguments.micro_batches < 1:
         parser.error(f"--micro-batches {arguments.micro_batches} must be at least 1")
     os.environ |= {

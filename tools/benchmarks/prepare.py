@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from megakexue.config import require, run_program
+from megakexue.config import as_integer, require, run_program
 from megakexue.files import temporary_folder
 from megakexue.text.tokenizer import train_tokenizer
 
@@ -139,15 +139,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=int, default=100, help="of text (default: 100)")
+    parser.add_argument("--megabytes", type=as_integer, default=100, help="of text (default: 100)")
     parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one for each core"
+        "--processes", type=as_integer, default=len(os.sched_getaffinity(0)), help="default: one for each core"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="in each, one runs after the other (default: 5)")
-    parser.add_argument("--vocab-size", type=int, default=16384, help="of the unigram tokenizer trained for it")
+    parser.add_argument("--rounds", type=as_integer, default=5, help="in each, one runs after the other (default: 5)")
+    parser.add_argument("--vocab-size", type=as_integer, default=16384, help="of the unigram tokenizer trained for it")
     parser.add_argument("--packing", choices=("concat", "best_fit"), default="concat")
-    parser.add_argument("--seq-len", type=int, default=2048)
-    options = parser.parse_args()
+    parser.add_argument("--seq-len", type=as_integer, default=2048)
+    options = parser.parse_intermixed_args()
     require(options.megabytes > 0, f"--megabytes {options.megabytes} must be positive")
     require(options.rounds > 0, f"--rounds {options.rounds} must be positive")
     with temporary_folder() as folder:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megakexue.config import Config, UserError, load_config, require, run_program
+from megakexue.config import Config, UserError, as_integer, load_config, require, run_program
 from megakexue.files import require_writable
 from megakexue.launcher import read_ranks, said_once
 
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("config", help="a YAML file, such as configs/125m.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: %(default)s)")
+    parser.add_argument("--rounds", type=as_integer, default=5, help="after one to warm up (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_save"), help="default: %(default)s")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()

@@ -68,7 +68,7 @@ def results(losses: Path) -> str:
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    ).parse_intermixed_args()
     os.chdir(ROOT)
     bundles, losses = OUT / "bundles", OUT / "losses"
     with writing(str(OUT), OUT):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import NOISE, ROOT, TEXT_TITLE, Run, call, copy_sources, data_of, heading, make_text, prepare_data, train
 from growth_table import OPTIMIZERS, SHAPES, report
-from megakexue.config import run_program
+from megakexue.config import as_integer, run_program
 from megakexue.files import writing
 
 EPILOG = """\
@@ -216,14 +216,18 @@ def main() -> None:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="small", help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--seeds", type=as_integer, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, help="(default: all)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="(default: all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="of the runs (default: all, and then the table)")
     parser.add_argument(
-        "--steps", type=int, nargs="+", metavar="N", help="from scratch and after growth (default: those of the size)"
+        "--steps",
+        type=as_integer,
+        nargs="+",
+        metavar="N",
+        help="from scratch and after growth (default: those of the size)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     os.chdir(ROOT)
     size = SIZES[arguments.size]
     prepare(size)

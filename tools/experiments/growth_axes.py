@@ -79,7 +79,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace PNG")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     require(arguments.out.suffix == ".png", f"--out {arguments.out} must end in .png")
     require_new_file("--out", arguments.out, arguments.overwrite)
     draw(arguments.out)

@@ -182,7 +182,7 @@ def main() -> None:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/growth"), help="(default: %(default)s)")
-    report(parser.parse_args().folder)
+    report(parser.parse_intermixed_args().folder)
 
 
 if __name__ == "__main__":

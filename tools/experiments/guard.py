@@ -84,7 +84,7 @@ def results(folders: list[Path]) -> str:
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    ).parse_intermixed_args()
     os.chdir(ROOT)
     require(DATA.is_dir(), f"no {DATA}: run `make demo` first")
     for run in runs():

@@ -82,7 +82,7 @@ def results(out: Path) -> str:
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    ).parse_intermixed_args()
     os.chdir(ROOT)
     heading(f"1. {TEXT_TITLE}")
     if not (OUT / "data").is_dir():
