@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import run_program
+from megakexue.config import as_integer, as_number, run_program
 from megakexue.text.ledger import report
 from megakexue.text.prepare import PrepareArguments, prepare
 from megakexue.text.progress import ProgressDisplay
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="file, folder or quoted glob")
     parser.add_argument("--tokenizer", required=True, type=Path, help="model file of tools/train_tokenizer.py")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--seq-len", required=True, type=int, help="tokens of a row that training predicts")
+    parser.add_argument("--seq-len", required=True, type=as_integer, help="tokens of a row that training predicts")
     parser.add_argument(
         "--packing",
         choices=("concat", "best_fit"),
@@ -44,18 +44,18 @@ def parse_arguments() -> argparse.Namespace:
         help="concat: one stream, cut at row ends; best_fit: whole documents with padding (default: concat)",
     )
     parser.add_argument(
-        "--valid-fraction", type=float, default=0.005, help="share of documents for validation (default: 0.005)"
+        "--valid-fraction", type=as_number, default=0.005, help="share of documents for validation (default: 0.005)"
     )
     parser.add_argument("--text-key", default="text", help="of .jsonl and .parquet (default: text)")
     parser.add_argument(
         "--sample-alpha",
-        type=float,
+        type=as_number,
         help="subword sampling of the train split, drawn anew in each run, such as 0.2; unigram tokenizers only",
     )
-    parser.add_argument("--copies", type=int, default=1, help="sampled copies of each training document (default: 1)")
-    parser.add_argument("--processes", type=int, help="worker processes (default: one for each core)")
+    parser.add_argument("--copies", type=as_integer, default=1, help="sampled copies of each training document (default: 1)")
+    parser.add_argument("--processes", type=as_integer, help="worker processes (default: one for each core)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that this program wrote before")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from megakexue.config import require, run_program
+from megakexue.config import as_integer, as_number, require, run_program
 from megakexue.files import new_files
 from megakexue.text.inputs import check_inputs
 from megakexue.text.ledger import Ledger, read_kept, report
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, required=True, metavar="FILE.model", help="FILE.json with the facts goes beside it"
     )
     parser.add_argument(
-        "--vocab-size", type=int, required=True, help="number of ids, the 260 special and byte pieces included"
+        "--vocab-size", type=as_integer, required=True, help="number of ids, the 260 special and byte pieces included"
     )
     parser.add_argument(
         "--kind", choices=["unigram", "bpe"], default="unigram", help="unigram (default) can sample segmentations"
@@ -43,23 +43,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-key", default="text", help="of .jsonl and .parquet (default: text)")
     parser.add_argument(
         "--sample-bytes",
-        type=int,
+        type=as_integer,
         default=100_000_000,
         help="train on a random sample of at most so many bytes (default: 100 MB)",
     )
     parser.add_argument(
         "--character-coverage",
-        type=float,
+        type=as_number,
         default=0.9995,
         help="share of characters with a piece; the rest is spelt in bytes (default: 0.9995)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    parser.add_argument("--seed", type=as_integer, default=0, help="of the sample (default: 0)")
     parser.add_argument(
-        "--threads", type=int, default=16, help="part of the result, hence not the number of cores (default: 16)"
+        "--threads", type=as_integer, default=16, help="part of the result, hence not the number of cores (default: 16)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE.model")
     parser.add_argument("--verbose", action="store_true", help="show sentencepiece's own log")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
