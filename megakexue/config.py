@@ -1258,6 +1258,10 @@ def _parse_bool(value: Any) -> bool:
 def _parse_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a text" + ("" if isinstance(value, dict | list) else "; in quotes it is one"))
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no text
+        raise ValueError("must be UTF-8") from None
     return value
 
 
@@ -1265,10 +1269,6 @@ def _parse_place(value: Any) -> str:
     text = os.path.expanduser(_parse_text(value))
     if not text or "\0" in text:
         raise ValueError("must name a file or a folder")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be UTF-8") from None
     return text
 
 

@@ -286,6 +286,7 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         (['train.run=""'], "train.run= must name a file or a folder"),
         (['train.run="a\\0b"'], r"train.run=a\x00b must name a file or a folder"),
         (["train.run=\udcff"], r"train.run=\udcff must be UTF-8"),
+        (["data.cache_limit=\udcff"], r"data.cache_limit=\udcff must be UTF-8"),
         (["train.run=null"], "train.run=null must be a text; in quotes it is one"),
         (["train.run='a"], "the quote that begins here is not closed"),
         (["train.run=${train.name}"], "train.run=${train.name}: ${...} must name another setting, such as ${engine."),
@@ -502,8 +503,7 @@ def test_numbers_out_of_range_are_refused_by_name() -> None:
     keys = numeric_fields(Config)
     assert {"train.seed", "data.sources[0].weight", "model.mla.d_rope", "engine.timeout_s", "optim.points"} <= {*keys}
     given = OmegaConf.to_container(OmegaConf.load(TINY), resolve=False)
-    texts = ["nan", ".nan", "inf", ".inf", "-.inf", str(2**64), "-1e400"]
-    for key, value in itertools.product(keys, [*texts, math.nan, math.inf, -math.inf, 2**64]):
+    for key, value in itertools.product(keys, ["nan", "-.inf", str(2**64), math.nan, math.inf, 2**64]):
         values: Any = copy.deepcopy(given)
         *owners, name = key.replace("sources[0]", "sources").split(".")
         section = values
