@@ -1144,13 +1144,23 @@ def _default_texts(value: Any) -> Any:
     return value if value is None or isinstance(value, dict | list) else _shown(value)
 
 
+def _taken(values: Any, filled: Any) -> Any:
+    """Take the texts with a ${ from `filled`, and all others as they are: some mean something else to OmegaConf."""
+    if isinstance(values, dict):
+        return {key: _taken(value, filled[key]) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_taken(value, part) for value, part in zip(values, filled, strict=True)]
+    return filled if "${" in str(values) else values
+
+
 def _filled(values: dict[str, Any], where: str) -> Any:
     """Replace each ${key} in a text by the value of the key."""
     texts = {key: text for key, text in _leaves(values) if "${" in str(text)}
     if not texts:
         return values
     try:
-        return OmegaConf.to_container(OmegaConf.create(_merged(_default_texts(Config), values)), resolve=True)
+        filled = OmegaConf.to_container(OmegaConf.create(_merged(_default_texts(Config), values)), resolve=True)
+        return _taken(values, filled)
     except OmegaConfBaseException as error:
         key = error.full_key if error.full_key in texts else next(iter(texts))
         raise UserError(

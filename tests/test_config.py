@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -548,6 +548,7 @@ def is_place(text: str) -> bool:
         return False
 
 
+@example(run="0", limit=None, changes=["${", "\\???"], lr=1.0, seed=0)
 @given(
     run=TEXTS.filter(is_place), limit=st.none() | TEXTS.filter(lambda text: "\0" not in text), changes=st.lists(TEXTS),
     lr=st.floats(min_value=0, max_value=1e18, exclude_min=True), seed=st.integers(0, 2**63 - 1),

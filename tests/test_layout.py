@@ -247,8 +247,7 @@ class Captured(Exception):
     """A program has made its parser, and reads its arguments by a method of this name."""
 
 
-READ_BY_ANOTHER_RULE = {ROOT / "tools" / "prepare_data.py", ROOT / "tools" / "train_tokenizer.py"}
-PROGRAMS = {*(ROOT / "launch").rglob("*.py"), *(ROOT / "tools").rglob("*.py")} - READ_BY_ANOTHER_RULE
+PROGRAMS = {*(ROOT / "launch").rglob("*.py"), *(ROOT / "tools").rglob("*.py")}
 
 
 def parser_of(program: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[argparse.ArgumentParser, str]:

@@ -52,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
         type=as_number,
         help="subword sampling of the train split, drawn anew in each run, such as 0.2; unigram tokenizers only",
     )
-    parser.add_argument("--copies", type=as_integer, default=1, help="sampled copies of each training document (default: 1)")
+    parser.add_argument(
+        "--copies", type=as_integer, default=1, help="sampled copies of each training document (default: 1)"
+    )
     parser.add_argument("--processes", type=as_integer, help="worker processes (default: one for each core)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that this program wrote before")
     return parser.parse_intermixed_args()

@@ -100,13 +100,13 @@ def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
     }
 
 
-def changed(section: Any, prefix: str = "") -> list[str]:
+def not_default(section: Any, prefix: str = "") -> list[str]:
     """Return as key=value what a config says and its defaults do not, such as optim.lr=0.001."""
     found = []
     for field in fields(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if value != (field.default if field.default_factory is MISSING else field.default_factory()):
-            inner = changed(value, f"{key}.") if is_dataclass(value) else []
+            inner = not_default(value, f"{key}.") if is_dataclass(value) else []
             found += inner or [f"{key}={_plain(value)}"]
     return found
 
@@ -114,7 +114,7 @@ def changed(section: Any, prefix: str = "") -> list[str]:
 def _plain(value: Any) -> str:
     """A value as it is written in YAML, and after a key=."""
     if is_dataclass(value):
-        return "{" + ", ".join(changed(value)).replace("=", ": ") + "}"
+        return "{" + ", ".join(not_default(value)).replace("=", ": ") + "}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -187,7 +187,7 @@ def describe(given: Config, config: ResolvedConfig, world_size: int, more: dict[
 def _settings(given: Config, n_lines: int) -> list[str]:
     """What differs from the defaults, in `n_lines` at most."""
     said_below = ("train.run=", "train.steps=", "train.global_batch_size=", "train.micro_batch_size=", "data.seq_len=")
-    words = [_cut(setting) for setting in changed(given) if not setting.startswith(said_below)]
+    words = [_cut(setting) for setting in not_default(given) if not setting.startswith(said_below)]
     for n in range(len(words), 0, -1):
         rest = f"... and {len(words) - n} more: config.yaml".split() if n < len(words) else []
         lines = fold("settings", words[:n] + rest)

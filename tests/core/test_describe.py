@@ -15,12 +15,12 @@ from megakexue.core.attention import Layout
 from megakexue.core.decoder import Cache
 from megakexue.core.describe import (
     cache_bytes_per_token,
-    changed,
     describe,
     describe_heads,
     flops_per_token,
     model_state_bytes,
     n_parameters,
+    not_default,
 )
 from megakexue.core.loss import plain_cross_entropy
 from megakexue.core.resolve import resolve_config
@@ -159,7 +159,7 @@ def test_a_path_that_is_longer_than_a_line_is_whole() -> None:
 def test_the_settings_are_what_makes_the_config_of_the_defaults(path: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("{}\n")
     given = load_config(path, ["data.sources=[{path: a, weight: 2},{path: b, weight: 0.5}]", "data.shuffle=false"])
-    assert load_config(tmp_path / "empty.yaml", changed(given)) == given
+    assert load_config(tmp_path / "empty.yaml", not_default(given)) == given
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
