@@ -193,7 +193,8 @@ class RopeConfig:
         if isinstance(self.base, str):
             require(self.base == "auto", f"model.rope.base={self.base!r} must be a number or 'auto'")
         else:
-            above_one(self, "model.rope.base")
+            # narrow heads in a long context need more than 2^63
+            require(1 < self.base < math.inf, f"model.rope.base={self.base} must be above 1 and finite")
         positive(self, "model.rope.context")
         at_most(self, MAX_CONTEXT, "model.rope.context", "model.rope.trained_context")
         require(0 < self.fraction <= 1, f"model.rope.fraction={self.fraction} must be in (0, 1]")

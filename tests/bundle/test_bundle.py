@@ -202,7 +202,7 @@ REFUSED: dict[str, Callable[[Path], Any]] = {
     ),
     r"model.safetensors: \S+ is in another file too: export the bundle again": lambda b: duplicate_weights(b),
     r"model.safetensors is no safetensors file": lambda b: put_a_pickle(b),
-    r"config.yaml: .*python/object": lambda b: edit_config(
+    r"config.yaml:.*python/object": lambda b: edit_config(
         b, "lineage:", f"trap: !!python/object/apply:os.mkdir [{b.parent / 'trapped'}]\nlineage:"
     ),
     r"config.yaml has no sections model and lineage": lambda b: edit_config(b, "lineage:", "history:"),

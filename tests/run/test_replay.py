@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import runpy
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from megakexue import config as config_module
 from megakexue.config import (
     DataConfig,
     EngineConfig,
@@ -329,7 +331,10 @@ def test_logits_that_overflow_are_blamed_on_the_head(tmp_path: Path, batches: li
     assert {(f.direction, f.name) for f in every_finding(result)} <= {("forward", "head"), ("forward", "head.weight")}
 
 
-def test_an_objective_that_is_not_finite_beside_a_finite_loss(tmp_path: Path, batches: list[list[Batch]]) -> None:
+def test_an_objective_that_is_not_finite_beside_a_finite_loss(
+    tmp_path: Path, batches: list[list[Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "BOUND", math.inf)  # so that so small a loss can overflow
     dump = Dump(write_dump(tmp_path / "dump", batches, GQA, "fp32", loss=LossConfig(z_loss=1e38)))
     result = replay(dump, device=CPU)
     assert {(f.direction, f.name, f.n_elements) for f in every_finding(result)} == {("forward", "head", 1)}

@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/growth"), help="(default: %(default)s)")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/growth"), help="(default: runs/growth)")
     report(parser.parse_intermixed_args().folder)
 
 
