@@ -668,6 +668,9 @@ class EngineConfig:
     """The dtype of weights, activations and gradients. Master weights and optimizer state are always fp32."""
     bucket_elements: int = 50_000_000
     """Elements in a communication bucket. Its buffers take that much memory."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether each block and the loss are compiled (torch.compile), which rounds differently. auto: on a GPU; on a CPU
+    with a C++ compiler for runs so long that they earn the minute that it takes. The run prints which, and why."""
     timeout_s: float = 1800.0
     """A collective that waits longer ends the run."""
 

@@ -30,7 +30,8 @@ LEVELS = {
         {"prepare"},
     ],
     "core": [
-        {"axes", "batch", "bases", "device", "attention", "loss", "schedule", "segments", "rules"},
+        {"device"},
+        {"axes", "batch", "bases", "attention", "loss", "schedule", "segments", "rules"},
         {"resolve", "rope", "optim"},
         {"decoder"},
         {"describe"},

@@ -29,6 +29,7 @@ depend on (seed, name) alone; the axis table covers every parameter.
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
@@ -38,12 +39,14 @@ from torch.nn import functional
 from megakexue.config import LossConfig, MlaConfig, ResolvedModel
 from megakexue.core.attention import Backend, Layout, attend
 from megakexue.core.axes import axes, shape
+from megakexue.core.device import compiled
 from megakexue.core.loss import PLAIN, Losses, Scale, cross_entropy
 from megakexue.core.rope import Rotary, RotaryTables, rotate
 
 # what goes into the model, and what flows from block to block
 Ids = Int64[Tensor, "b t"]
 Stream = Float[Tensor, "b t m"]
+QueriesKeysValues = tuple[Float[Tensor, "b t h d"], Float[Tensor, "b t g d"], Float[Tensor, "b t g e"]]
 
 
 class Embedding(nn.Module):
@@ -120,15 +123,19 @@ class GroupedQueryAttention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = _parameters(config, "attention", "wq", "wk", "wv", "wo")
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        q, k, v = self.project(x, rotary)
+        if cache is not None:
+            k, v = cache.extend(layout, k, v)
+        return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
+
+    def project(self, x: Stream, rotary: Rotary) -> QueriesKeysValues:
+        """Return the queries, keys and values of the tokens."""
         q, k, v = (functional.linear(x, w).unflatten(-1, (-1, self.d_head)) for w in (self.wq, self.wk, self.wv))
         if self.similarity != "dot":  # without a gain, which would undo it (9859)
             k = _normalized(k)
         if self.similarity == "cosine":
             q = _normalized(q)
-        q, k = rotate(q, rotary.query, rotary.factor), rotate(k, rotary.key)
-        if cache is not None:
-            k, v = cache.extend(layout, k, v)
-        return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
+        return rotate(q, rotary.query, rotary.factor), rotate(k, rotary.key), v
 
 
 class LatentAttention(nn.Module):
@@ -147,6 +154,24 @@ class LatentAttention(nn.Module):
         self.kv_norm = Norm(mla.d_latent, config.norm_eps)
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        q, latent, k_rope = self._latents(x, rotary)
+        if cache is not None:
+            (kept,) = cache.extend(layout, torch.cat([latent[:, :, None], k_rope], dim=-1))
+            if layout.is_absorbed:
+                return functional.linear(self._absorbed(q, kept, layout).flatten(2), self.wo)
+            latent, k_rope = kept[:, :, 0, : self.mla.d_latent], kept[..., self.mla.d_latent :]
+        k, v = self._expand(latent, k_rope)
+        return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
+
+    def project(self, x: Stream, rotary: Rotary) -> QueriesKeysValues:
+        """Return the queries, keys and values of the tokens."""
+        q, latent, k_rope = self._latents(x, rotary)
+        return q, *self._expand(latent, k_rope)
+
+    def _latents(
+        self, x: Stream, rotary: Rotary
+    ) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b t c"], Float[Tensor, "b t 1 p"]]:
+        """Return the queries, and what a cache holds: the latent and the rotary key."""
         c, p = self.mla.d_latent, self.mla.d_rope
         # one product with the input for all projections into latents, since some are too narrow to be fast alone
         if q_width := self.mla.d_query_latent:
@@ -158,15 +183,14 @@ class LatentAttention(nn.Module):
         else:
             latent, k_rope = functional.linear(x, torch.cat([self.wkv_down, self.wk_rope])).split([c, p], dim=-1)
             q = rotate(functional.linear(x, self.wq).unflatten(-1, (self.n_heads, -1)), rotary.query, rotary.factor)
-        latent, k_rope = self.kv_norm(latent), rotate(k_rope[:, :, None], rotary.key)
-        if cache is not None:
-            (kept,) = cache.extend(layout, torch.cat([latent[:, :, None], k_rope], dim=-1))
-            if layout.is_absorbed:
-                return functional.linear(self._absorbed(q, kept, layout).flatten(2), self.wo)
-            latent, k_rope = kept[:, :, 0, :c], kept[..., c:]
+        return q, self.kv_norm(latent), rotate(k_rope[:, :, None], rotary.key)
+
+    def _expand(
+        self, latent: Float[Tensor, "b s c"], k_rope: Float[Tensor, "b s 1 p"]
+    ) -> tuple[Float[Tensor, "b s h d"], Float[Tensor, "b s h e"]]:
+        """Return the keys and values of each head."""
         k_nope, v = (functional.linear(latent, w).unflatten(-1, (self.n_heads, -1)) for w in (self.wk_up, self.wv_up))
-        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1)
-        return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
+        return torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1), v
 
     def _absorbed(
         self, q: Float[Tensor, "b t h d"], kept: Float[Tensor, "b s 1 c_p"], layout: Layout
@@ -199,12 +223,37 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = Norm(config.d_model, config.norm_eps)
         self.feed_forward_norm = Norm(config.d_model, config.norm_eps)
+        self._compiled: tuple[Callable[..., QueriesKeysValues], Callable[..., Stream]] | None = None
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        if self._compiled:
+            assert cache is None, "decoding is not compiled"
+            before, after = self._compiled
+            q, k, v = before(x, rotary)
+            return after(x, attend(q, k, v, layout, scale=self.attention.scale))
         if self.is_prenorm:
             x = x + self.attention(self.attention_norm(x), rotary, layout, cache)
             return x + self.feed_forward(self.feed_forward_norm(x))
         x = self.attention_norm(self.alpha * x + self.attention(x, rotary, layout, cache))
+        return self.feed_forward_norm(self.alpha * x + self.feed_forward(x))
+
+    def compile_parts(self) -> None:
+        """Compile what is before and after `attend`, for training and evaluation.
+
+        `attend` stays as it is: its kernels are compiled already, and what it does depends on the documents of a batch,
+        for which a graph would be made again and again. All blocks share the graphs.
+        """
+        self._compiled = compiled(self._before), compiled(self._after)
+
+    def _before(self, x: Stream, rotary: Rotary) -> QueriesKeysValues:
+        return self.attention.project(self.attention_norm(x) if self.is_prenorm else x, rotary)
+
+    def _after(self, x: Stream, mixed: Float[Tensor, "b t h e"]) -> Stream:
+        y = functional.linear(mixed.flatten(2), self.attention.wo)
+        if self.is_prenorm:
+            x = x + y
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention_norm(self.alpha * x + y)
         return self.feed_forward_norm(self.alpha * x + self.feed_forward(x))
 
 
@@ -214,7 +263,7 @@ class Head(nn.Module):
     def __init__(self, config: ResolvedModel, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape("head.weight", config))) if tied is None else tied
-        self.scale = config.logit_scale
+        self.scale, self.is_compiled = config.logit_scale, False
 
     def forward(
         self, hidden: Float[Tensor, "*b_t m"], targets: Ids | None = None, gradient_scale: Scale = 1.0,
@@ -223,8 +272,9 @@ class Head(nn.Module):
         if targets is None:
             logits = functional.linear(hidden, self.weight)
             return (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
+        scales = self.scale, gradient_scale
         flat = hidden.flatten(0, 1)
-        return cross_entropy(flat, self.weight, targets.flatten(), self.scale, gradient_scale, loss, emo_rows)
+        return cross_entropy(flat, self.weight, targets.flatten(), *scales, loss, emo_rows, self.is_compiled)
 
 
 def is_absorbed_cheaper(mla: MlaConfig, n_queries: int, n_keys: int) -> bool:
@@ -262,6 +312,12 @@ class Decoder(nn.Module):
         """
         hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions)
         return self.head(hidden, targets, gradient_scale, loss, emo_rows)
+
+    def compile_parts(self) -> None:
+        """Compile the blocks and the loss, for training and evaluation on rows of one length."""
+        for block in self.blocks:
+            block.compile_parts()  # type: ignore[operator]
+        self.head.is_compiled = True
 
     def hidden(
         self, tokens: Ids, positions: Ids, cu_seqlens: Int32[Tensor, " n"] | None = None,

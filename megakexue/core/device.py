@@ -3,12 +3,16 @@
 MFU is model FLOP/s over the peak FLOP/s that `peak_flops` gives.
 """
 
+import logging
 import math
+import os
 import re
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -31,6 +35,21 @@ def find_device(name: str | None = None, index: int = 0) -> torch.device:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as one compiled graph for each shape that it is called with; it raises where it would break.
+
+    torch gives up after eight graphs of a function, which several models in one process may need.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # which warns on a CPU of having no CUDA
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 # Dense TFLOP/s of one GPU from NVIDIA's data sheets: bf16 and fp16 with fp32 accumulation, then fp32 outside the tensor

@@ -24,6 +24,8 @@ rounded to the dtype of the hidden states. The cross-entropy equals `plain_cross
 that are added to it do not change a bit of it.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +34,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from megakexue.config import IGNORED, LossConfig
+from megakexue.core.device import compiled
 
 Scale = float | Float32[Tensor, ""]
 """What the caller multiplies an objective with; a tensor where it is known on the device only."""
 
-CHUNK = 512
-"""Tokens whose logits exist at a time."""
+CHUNK = {"cpu": 512, "cuda": 4096}
+"""Tokens whose logits exist at a time. CPU: they fit the cache; CUDA: few launches, and products that are fast."""
 
 PLAIN = LossConfig()
 """Cross-entropy and nothing else."""
@@ -72,6 +75,7 @@ def unit_rows(weight: Float[Tensor, "v m"]) -> Float32[Tensor, "v m"]:
 def cross_entropy(
     hidden: Float[Tensor, "n m"], weight: Float[Tensor, "v m"], targets: Int64[Tensor, " n"], logit_scale: float,
     gradient_scale: Scale = 1.0, config: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None,
+    is_compiled: bool = False,
 ) -> Losses:  # fmt: skip
     """Return the objective and the cross-entropy; without gradients (evaluation) the cross-entropy as both.
 
@@ -81,13 +85,76 @@ def cross_entropy(
             multiplies with another factor, the gradients are still right up to rounding.
         emo_rows: `unit_rows` of the head at the start of training, if and only if `config.emo`. Distances are
             computed in the dtype of `emo_rows`, and no gradient reaches it.
+        is_compiled: make one kernel of all that happens between the logits and their gradient.
     """
     if not torch.is_grad_enabled():
-        chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
+        size = CHUNK[hidden.device.type]
+        chunks = zip(hidden.split(size), targets.split(size))
         total = torch.stack([plain_cross_entropy(h, weight, t, logit_scale) for h, t in chunks]).sum()
         return Losses(total, total)
     assert config.emo == (emo_rows is not None), "loss.emo and emo_rows go together"
-    return Losses(*_ChunkedLoss.apply(hidden, weight, targets, logit_scale, gradient_scale, config, emo_rows))
+    kernels = _kernels(is_compiled)
+    return Losses(*_ChunkedLoss.apply(hidden, weight, targets, logit_scale, gradient_scale, config, emo_rows, kernels))
+
+
+def _logit_gradient(
+    logits: Tensor, target: Tensor, logit_scale: float, gradient_scale: Scale, config: LossConfig,
+    emo_rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradient to the logits [n, v], in their dtype, and the sums of objective and cross-entropy.
+
+    The gradient is factor softmax + ratio / 2 weighted - share [j = t], times the two scales.
+    """
+    kept = target != IGNORED
+    index = target.where(kept, 0)[:, None]
+    wide = logits.float().mul_(logit_scale)
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    cross_entropy = log_sum - wide.gather(1, index)
+    softmax = wide.sub_(log_sum).exp_()  # in place of the logits
+    objective, share = cross_entropy, 1.0
+    factor: float | Tensor = 1.0
+    if emo_rows is not None:
+        distance = torch.addmm(emo_rows.new_ones(1), emo_rows[index[:, 0]], emo_rows.T, alpha=-1)
+        # rounding puts the distance of equal rows a little above or below 0
+        weighted = softmax * distance.clamp_(min=0).scatter_(1, index, 0)
+        del distance
+        cost = weighted.sum(-1, keepdim=True)
+        ratio = (cross_entropy / (cost + 1e-10)).clamp_(max=config.emo_max_ratio)
+        objective, share = (cross_entropy + ratio * cost) / 2, 0.5
+        factor = (1 - ratio * cost) / 2
+    if config.z_loss:
+        objective = objective + config.z_loss * log_sum.square()
+        factor = factor + 2 * config.z_loss * log_sum
+    d_logits = softmax if config == PLAIN else softmax.mul_(factor)
+    if emo_rows is not None:
+        d_logits.addcmul_(weighted, ratio / 2)
+        del weighted
+    d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -share))
+    d_logits.mul_(kept[:, None] * (logit_scale * gradient_scale))
+    objective, cross_entropy = (x.squeeze(1).where(kept, 0).sum() for x in (objective, cross_entropy))
+    return d_logits.to(logits.dtype), objective, cross_entropy
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    total += part
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradient * factor).to(dtype)
+
+
+class _Kernels(NamedTuple):
+    """What the loss does beside its matrix products."""
+
+    gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    add: Callable[[Tensor, Tensor], None]
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
+@cache
+def _kernels(is_compiled: bool) -> _Kernels:
+    made: Callable[..., Any] = compiled if is_compiled else lambda function: function
+    return _Kernels(made(_logit_gradient), made(_add), made(_scaled))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -96,50 +163,25 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float, gradient_scale: Scale,
-        config: LossConfig, emo_rows: Tensor | None,
+        config: LossConfig, emo_rows: Tensor | None, kernels: "_Kernels",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         objective_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         cross_entropy_sum = torch.zeros_like(objective_sum)
         d_hidden = torch.empty_like(hidden)
         # float32, since many chunks are added up
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for low in range(0, len(targets), CHUNK):
-            rows = slice(low, low + CHUNK)
-            target = targets[rows]
-            kept = target != IGNORED
-            index = target.where(kept, 0)[:, None]
-            logits = (hidden[rows] @ weight.T).float().mul_(logit_scale)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            cross_entropy = log_sum - logits.gather(1, index)
-            softmax = logits.sub_(log_sum).exp_()  # in place of the logits
-            # the gradient to the logits is factor softmax + ratio / 2 weighted - share [j = t], times the two scales
-            objective, share = cross_entropy, 1.0
-            factor: float | Tensor = 1.0
-            if emo_rows is not None:
-                distance = torch.addmm(emo_rows.new_ones(1), emo_rows[index[:, 0]], emo_rows.T, alpha=-1)
-                # rounding puts the distance of equal rows a little above or below 0
-                weighted = softmax * distance.clamp_(min=0).scatter_(1, index, 0)
-                del distance
-                cost = weighted.sum(-1, keepdim=True)
-                ratio = (cross_entropy / (cost + 1e-10)).clamp_(max=config.emo_max_ratio)
-                objective, share = (cross_entropy + ratio * cost) / 2, 0.5
-                factor = (1 - ratio * cost) / 2
-            if config.z_loss:
-                objective = objective + config.z_loss * log_sum.square()
-                factor = factor + 2 * config.z_loss * log_sum
-            d_logits = softmax if config == PLAIN else softmax.mul_(factor)
-            if emo_rows is not None:
-                d_logits.addcmul_(weighted, ratio / 2)
-                del weighted
-            d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -share))
-            objective_sum += objective.squeeze(1).where(kept, 0).sum()
-            cross_entropy_sum += cross_entropy.squeeze(1).where(kept, 0).sum()
-            d_logits.mul_(kept[:, None] * (logit_scale * gradient_scale))
-            d_rounded = d_logits.to(hidden.dtype)
-            torch.mm(d_rounded, weight, out=d_hidden[rows])
-            d_weight += d_rounded.T @ hidden[rows]
+        size = CHUNK[hidden.device.type]
+        for low in range(0, len(targets), size):
+            rows = slice(low, low + size)
+            logits = hidden[rows] @ weight.T
+            arguments = logits, targets[rows], logit_scale, gradient_scale, config, emo_rows
+            d_logits, objective, cross_entropy = kernels.gradient(*arguments)
+            objective_sum += objective
+            cross_entropy_sum += cross_entropy
+            torch.mm(d_logits, weight, out=d_hidden[rows])
+            kernels.add(d_weight, d_logits.T @ hidden[rows])
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.gradient_scale, ctx.dtype = gradient_scale, weight.dtype
+        ctx.gradient_scale, ctx.dtype, ctx.kernels = gradient_scale, weight.dtype, kernels
         ctx.mark_non_differentiable(cross_entropy_sum)
         return objective_sum, cross_entropy_sum
 
@@ -147,4 +189,5 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_hidden, d_weight = ctx.saved_tensors
         factor = d_losses[0] / ctx.gradient_scale
-        return (d_hidden * factor).to(d_hidden.dtype), (d_weight * factor).to(ctx.dtype), None, None, None, None, None
+        scaled = ctx.kernels.scaled
+        return scaled(d_hidden, factor, d_hidden.dtype), scaled(d_weight, factor, ctx.dtype), *[None] * 6

@@ -7,8 +7,6 @@ What must stay true: each operation rounds once and by itself (no fused multiply
 ZeRO cuts a tensor change no bit. This holds for the kernels too, however they are compiled or cut into chunks.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from megakexue.core.device import has_compiler
 
 # --- the rules, as pure functions ------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def kernels(device: torch.device, n_elements: int) -> tuple[dict[str, Callable[.
     rules = {f.__name__: f for f in (_tiger, _tiger_absorb, _tiger_apply, _lion, squares)}
     if device.type == "cuda":
         reason = "compiled: one pass over the state"
-    elif n_elements >= COMPILE_FROM and shutil.which(os.environ.get("CXX", "g++")):
+    elif n_elements >= COMPILE_FROM and has_compiler():
         reason = f"compiled: one pass over the state, for {n_elements:,} elements a rank"
     else:
         fewer = f"fewer than {COMPILE_FROM:,} elements a rank" if n_elements < COMPILE_FROM else "no C++ compiler found"

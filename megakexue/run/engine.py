@@ -33,12 +33,13 @@ import torch
 from torch import Tensor
 
 from megakexue import dist
-from megakexue.config import EngineConfig, ResolvedConfig, Status
+from megakexue.config import EngineConfig, ResolvedConfig, Status, require
 from megakexue.core.attention import choose_backend
 from megakexue.core.axes import axes, parameter_names, shape
 from megakexue.core.batch import Batch
-from megakexue.core.decoder import Decoder, centre, initial_weight
-from megakexue.core.device import DTYPES, find_device
+from megakexue.core.decoder import Block, Decoder, centre, initial_weight
+from megakexue.core.describe import flops_per_token
+from megakexue.core.device import DTYPES, find_device, has_compiler
 from megakexue.core.loss import unit_rows
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
 from megakexue.core.schedule import clip_factor
@@ -46,6 +47,8 @@ from megakexue.core.segments import Segment, cut_rows
 from megakexue.run.guard import Guard
 from megakexue.run.zero import STAGES, OwnGradients
 
+COMPILE_FROM = 1e15
+"""FLOP a rank from which `auto` compiles on a CPU: hours of work, of which compiling saves a quarter."""
 LOAD_ELEMENTS = 2**21
 """Of a segment that are read at a time: 8 MiB."""
 
@@ -178,6 +181,29 @@ def deepspeed_config(config: ResolvedConfig, n_micro_batches: int) -> dict[str, 
     }
 
 
+def choose_compile(config: ResolvedConfig, device: torch.device, world_size: int) -> tuple[bool, str]:
+    """Return whether the model is compiled, and the reason, which a run prints at its start.
+
+    It depends on the config and the machine alone, so that a run that is started again computes the same bits.
+
+    Raises:
+        UserError: the config asks for it, and there is no compiler.
+    """
+    setting = config.engine.compile
+    if setting == "off" or (device.type == "cuda" and setting == "on"):
+        return setting == "on", "engine.compile"
+    if device.type == "cuda":
+        return True, "the default on a GPU"
+    if setting == "on":
+        require(has_compiler(), "engine.compile=on needs a C++ compiler, and there is no g++: install it, or use auto")
+        return True, "engine.compile"
+    tokens = config.batch_tokens * config.train.steps / world_size
+    flops = tokens * flops_per_token(config.model, (config.data.seq_len + 1) / 2)
+    if flops < COMPILE_FROM:
+        return False, f"{flops:.1e} FLOP a rank are too few to earn the compiler's minute"
+    return (True, f"{flops:.1e} FLOP a rank earn it") if has_compiler() else (False, "there is no C++ compiler, g++")
+
+
 class Engine:
     """A decoder under DeepSpeed. Weights are undefined until `load`."""
 
@@ -198,6 +224,11 @@ class Engine:
             module = Decoder(model, backend)
         parameters = dict(module.named_parameters())
         self._own_gradients = OwnGradients(parameters.values())
+        self.is_compiled, self.compile_reason = choose_compile(config, self.device, ranks.world_size)
+        if self.is_compiled:  # before DeepSpeed, which wraps what it finds
+            module.compile_parts()
+            if partitioned:  # gathered block by block: the hooks of smaller modules would break the graphs
+                deepspeed.utils.set_z3_leaf_modules(module, [Block])
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=_NoOptimizer(module.parameters()), config=self.deepspeed_config
         )

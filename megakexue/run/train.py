@@ -178,6 +178,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
         peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype, shapes)
         more = {
             "attention": f"{engine.module.backend}: {engine.backend_reason}",
+            "compiled": f"{'yes' if engine.is_compiled else 'no'}: {engine.compile_reason}",
             "optimizer": f"{config.optim.name}, {engine.optimizer.kernel_reason}",
             "start": begun.origin,
             "MFU": peak_source,

@@ -1,6 +1,7 @@
 """The objective against autograd in float64, and against numbers known by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch.nn import functional
 
 from megakexue.config import IGNORED, LossConfig
 from megakexue.core import loss as loss_module
-from megakexue.core.loss import PLAIN, cross_entropy, plain_cross_entropy, unit_rows
+from megakexue.core.device import has_compiler
+from megakexue.core.loss import PLAIN, Losses, cross_entropy, plain_cross_entropy, unit_rows
+from tests.ranks import run_on_ranks
 
 Z_LOSS = LossConfig(z_loss=0.01)
 EMO = LossConfig(emo=True)
@@ -52,7 +55,7 @@ def plain_objective(
 def test_equals_autograd(
     monkeypatch: pytest.MonkeyPatch, config: LossConfig, chunk: int, gradient_scale: float
 ) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "CHUNK", {"cpu": chunk})
     hidden, weight, targets = inputs(torch.float64)
     rows = frozen_rows(config, torch.float64)
     ours = cross_entropy(hidden, weight, targets, 0.7, gradient_scale, config, rows)
@@ -256,3 +259,31 @@ def test_emo_and_its_rows_go_together(config: LossConfig) -> None:
     hidden = torch.zeros(1, 2, requires_grad=True)
     with pytest.raises(AssertionError, match=r"loss.emo and emo_rows go together"):
         cross_entropy(hidden, torch.eye(2), torch.tensor([0]), 1.0, 1.0, config, rows)
+
+
+def compiled_and_eager(cases: list[LossConfig]) -> list[tuple[Losses, Losses, list[Tensor], list[Tensor]]]:
+    """The losses and gradients of both, in a process without the type checks of the tests."""
+    done = []
+    for config in cases:
+        of_both: list[Any] = []
+        for is_compiled in (False, True):
+            torch.manual_seed(0)
+            hidden, weight = torch.randn(700, 64, requires_grad=True), torch.randn(300, 64).mul_(0.1).requires_grad_()
+            targets = torch.randint(0, 300, (700,))
+            targets[::7] = IGNORED
+            rows = unit_rows(weight) if config.emo else None
+            losses = cross_entropy(hidden, weight, targets, 1.3, torch.tensor(0.01), config, rows, is_compiled)
+            (losses.objective * 0.01).backward()
+            of_both += [Losses(*(x.detach() for x in losses)), [hidden.grad, weight.grad]]
+        done.append((of_both[0], of_both[2], of_both[1], of_both[3]))
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+def test_the_compiled_loss_is_the_eager_one() -> None:
+    (done,) = run_on_ranks(1, compiled_and_eager, [PLAIN, LossConfig(z_loss=1e-3), LossConfig(emo=True, z_loss=1e-3)])
+    for eager, compiled, gradients, compiled_gradients in done:
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+        for gradient, other in zip(gradients, compiled_gradients, strict=True):
+            assert (gradient - other).abs().max() <= 1e-6 * gradient.abs().max()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megakexue.config import ResolvedConfig
 from megakexue.core.attention import Layout
 from megakexue.core.axes import shape
 from megakexue.core.decoder import Decoder, initial_weight
+from megakexue.core.device import has_compiler
 from megakexue.core.loss import plain_cross_entropy
 from megakexue.core.schedule import clip_factor, lr_factor
 from megakexue.dist import ALONE
@@ -197,6 +199,50 @@ def alone(config: ResolvedConfig) -> ResolvedConfig:
     """What each of two ranks does that have the same rows, on one rank without sharding."""
     train = replace(config.train, global_batch_size=config.train.global_batch_size // 2)
     return replace(config, train=train, engine=replace(config.engine, zero_stage=0))
+
+
+def counted(configs: list[ResolvedConfig], cache: str) -> list[tuple[dict[str, Any], dict[str, int]]]:
+    """Train each config; return its results, and how many graphs the compiler made and where it gave up."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    import torch._dynamo
+
+    done = []
+    for config in configs:
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        results = train_steps(config, same_batch=False)
+        n_graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        done.append((results, {"graphs": n_graphs, "breaks": breaks}))
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+def test_compiled_stages_are_equal_in_every_bit_and_near_eager(prepared: Prepared, tmp_path: Path) -> None:
+    def compiled(config: ResolvedConfig) -> ResolvedConfig:
+        return replace(config, engine=replace(config.engine, compile="on"))
+
+    # one micro-batch: the sum of two ranks is the same in any order
+    kinds = [make_config(prepared, stage=s, mla=mla, optim=TIGER, rows=4) for mla in (False, True) for s in (1, 2, 3)]
+    of_ranks = run_on_ranks(2, counted, [compiled(config) for config in kinds], str(tmp_path / "first"))
+    again = run_on_ranks(2, counted, [compiled(kinds[0])], str(tmp_path / "empty"))
+    plain = run_on_ranks(2, counted, [kinds[0], kinds[3]], str(tmp_path / "first"))
+    # however many documents the rows have: the two parts of all blocks in training and in evaluation, and of the loss
+    # its gradient, the sum over chunks, and the scaling of both gradients
+    assert [counts for _, counts in of_ranks[0]] == [{"graphs": 8, "breaks": 0}] * len(kinds)
+    assert plain[0][0][1]["graphs"] == 0
+
+    def state(of_all: Any, i: int, config: ResolvedConfig) -> dict[str, dict[str, torch.Tensor]]:
+        return assemble([done[i][0] for done in of_all], config, sharded=True)
+
+    for i, config in enumerate(kinds):
+        first, near = state(of_ranks, i // 3 * 3, config), state(plain, i // 3, config)
+        for kind, of_kind in state(of_ranks, i, config).items():
+            for name, value in of_kind.items():
+                assert torch.equal(value, first[kind][name]), (where(config), kind, name)
+                assert (value - near[kind][name]).abs().max() <= 2e-3 * value.abs().max() + 1e-7, (i, kind, name)
+    assert repr(again[0][0][0]["results"]) == repr(of_ranks[0][0][0]["results"])  # by kernels that were made anew
 
 
 @pytest.mark.slow
