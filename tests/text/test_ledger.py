@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,6 +206,7 @@ def test_many_lines_of_a_file_are_counted_and_a_few_named(tmp_path: Path) -> Non
     assert lines[-1] == "binary\tin/c" and len(lines) == 41
 
 
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="needs iconv")
 @pytest.mark.parametrize(
     ("text", "encoding", "name"),
     [
