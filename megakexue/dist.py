@@ -14,8 +14,8 @@ from torch import Tensor
 from megakexue.launcher import ALONE, Ranks, read_environment, read_ranks
 
 __all__ = [
-    "ALONE", "Ranks", "barrier", "count_over_ranks", "gather", "host_group", "read_environment", "read_ranks", "store",
-    "sum_over_ranks",
+    "ALONE", "Ranks", "barrier", "count_over_ranks", "gather", "host_group", "read_environment", "read_ranks",
+    "say_last", "store", "sum_over_ranks",
 ]  # fmt: skip
 
 

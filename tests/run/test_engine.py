@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megakexue.config import ResolvedConfig
+from megakexue.config import ResolvedConfig, UserError
 from megakexue.core.attention import Layout
 from megakexue.core.axes import shape
 from megakexue.core.decoder import Decoder, initial_weight
@@ -199,6 +199,29 @@ def alone(config: ResolvedConfig) -> ResolvedConfig:
     """What each of two ranks does that have the same rows, on one rank without sharding."""
     train = replace(config.train, global_batch_size=config.train.global_batch_size // 2)
     return replace(config, train=train, engine=replace(config.engine, zero_stage=0))
+
+
+def test_what_is_compiled_depends_on_the_config_and_the_machine_alone(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megakexue.run import engine as module
+
+    def chosen(setting: str, device: str = "cpu", steps: int = 4, world_size: int = 2) -> tuple[bool, str]:
+        config = make_config(prepared, steps=steps)
+        config = replace(config, engine=replace(config.engine, compile=setting))  # type: ignore[arg-type]
+        return module.choose_compile(config, torch.device(device), world_size)
+
+    monkeypatch.setattr(module, "has_compiler", lambda: True)
+    assert chosen("off") == chosen("off", "cuda") == (False, "engine.compile")
+    assert chosen("on") == chosen("on", "cuda") == (True, "engine.compile")
+    assert chosen("auto", "cuda")[0]
+    is_compiled, reason = chosen("auto")
+    assert not is_compiled and "FLOP a rank are too few to earn the compiler's minute" in reason
+    assert chosen("auto", steps=10**8)[0] and not chosen("auto", steps=10**8, world_size=10**7)[0]
+    monkeypatch.setattr(module, "has_compiler", lambda: False)
+    assert chosen("auto", steps=10**8) == (False, "there is no C++ compiler, g++")
+    with pytest.raises(UserError, match=r"engine\.compile=on needs a C\+\+ compiler, and there is no g\+\+"):
+        chosen("on")
 
 
 def counted(configs: list[ResolvedConfig], cache: str) -> list[tuple[dict[str, Any], dict[str, int]]]:
