@@ -94,8 +94,8 @@ run tools/export_model.py $demo/grown_run --out $demo/bundle
 step "7. text from the bundle, which goes on from the first words of documents that it was not trained on"
 lines=$(launch/check_demo.py $demo --prompts)
 mapfile -t prompts <<<"$lines"
-run tools/generate.py $demo/bundle --prompt "${prompts[0]}" --n-tokens 80 --seed 1
-run tools/generate.py $demo/bundle --prompt "${prompts[-1]}" --n-tokens 60 --temperature 0.6 --seed 2
+run tools/generate.py $demo/bundle "--prompt=${prompts[0]}" --n-tokens 80 --seed 1
+run tools/generate.py $demo/bundle "--prompt=${prompts[-1]}" --n-tokens 60 --temperature 0.6 --seed 2
 
 step "8. report"
 run launch/check_demo.py $demo

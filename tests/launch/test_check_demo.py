@@ -66,7 +66,7 @@ def test_prompts_are_the_first_words_of_held_out_documents(prepared: Prepared, t
 
 # in place of every program: it shows its arguments, one in brackets each
 STUB = """#!/usr/bin/env bash
-if [ "${2:-}" = --prompts ]; then printf '从前有一个\\nIt'"'"'s so\\n'; exit; fi
+if [ "${2:-}" = --prompts ]; then printf -- '- 从前有一个\\nIt'"'"'s so\\n'; exit; fi
 if [ "${1:-}" = -c ]; then echo "$GPUS"; exit; fi
 printf '%s:' "${0##*/}" >>ran; printf ' [%s]' "DS=${DS_ACCELERATOR:-}" "$@" >>ran; echo >>ran
 """
@@ -150,7 +150,7 @@ def test_demo_shows_commands_that_can_be_pasted(
     assert (
         f"deepspeed: [DS={accelerator}] [--log_level] [error] [--num_accelerators] [{ranks}] [launch/train.py]" in ran
     )
-    assert ran.count("deepspeed:") == 3 and "--prompt] [从前有一个]" in ran and "--prompt] [It's so]" in ran
+    assert ran.count("deepspeed:") == 3 and "[--prompt=- 从前有一个]" in ran and "[--prompt=It's so]" in ran
     # the lines that it shows do the same when a shell reads them
     commands = re.findall(r"^\$ (.*)", done.stdout, re.MULTILINE)
     assert len(commands) == len(ran.splitlines())
