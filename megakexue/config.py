@@ -36,6 +36,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 Status = Literal["applied", "skipped", "shrunk", "rolled back"]
 """How an optimizer step ends: in exactly one of these ways, the same on all ranks."""
+Recompute = Literal["none", "product", "feed_forward", "block"]
+"""What the backward pass computes again, from least to most."""
 
 IGNORED = -100
 """The target of a position that predicts nothing."""
@@ -671,6 +673,10 @@ class EngineConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether each block and the loss are compiled (torch.compile), which rounds differently. auto: on a GPU; on a CPU
     with a C++ compiler for runs so long that they earn the minute that it takes. The run prints which, and why."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it, which saves memory and changes no bit. product: the
+    product in SwiGLU, at hardly any cost; feed_forward: SwiGLU's two first products too; block: all but a block's
+    input, a third more work. The way to longer rows and larger micro-batches."""
     timeout_s: float = 1800.0
     """A collective that waits longer ends the run."""
 

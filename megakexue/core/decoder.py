@@ -35,8 +35,9 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from megakexue.config import LossConfig, MlaConfig, ResolvedModel
+from megakexue.config import LossConfig, MlaConfig, Recompute, ResolvedModel
 from megakexue.core.attention import Backend, Layout, attend
 from megakexue.core.axes import axes, shape
 from megakexue.core.device import compiled
@@ -203,19 +204,30 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthc,hec->bthe", out, self.wv_up.view(h, -1, c))
 
 
+def _recomputed(function: Callable[..., Stream], *arguments: object) -> Stream:
+    """Call the function, and call it again in the backward pass instead of keeping what happens in it."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 class FeedForward(nn.Module):
     """SwiGLU."""
 
     def __init__(self, config: ResolvedModel) -> None:
         super().__init__()
         self.w_gate, self.w_up, self.w_down = _parameters(config, "feed_forward", "w_gate", "w_up", "w_down")
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Stream) -> Stream:
-        hidden = functional.silu(functional.linear(x, self.w_gate)) * functional.linear(x, self.w_up)
-        return functional.linear(hidden, self.w_down)
+        gate, up = functional.linear(x, self.w_gate), functional.linear(x, self.w_up)
+        return _recomputed(self._down, gate, up) if self.recompute == "product" else self._down(gate, up)
+
+    def _down(self, gate: Float[Tensor, "b t f"], up: Float[Tensor, "b t f"]) -> Stream:
+        return functional.linear(functional.silu(gate) * up, self.w_down)
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each with its norm and its part of the residual stream."""
+
     def __init__(self, config: ResolvedModel) -> None:
         super().__init__()
         self.is_prenorm, self.alpha = config.residual == "prenorm", config.residual_alpha
@@ -224,18 +236,33 @@ class Block(nn.Module):
         self.attention_norm = Norm(config.d_model, config.norm_eps)
         self.feed_forward_norm = Norm(config.d_model, config.norm_eps)
         self._compiled: tuple[Callable[..., QueriesKeysValues], Callable[..., Stream]] | None = None
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return _recomputed(self._forward, x, rotary, layout, cache)
+        return self._forward(x, rotary, layout, cache)
+
+    def _forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
         if self._compiled:
             assert cache is None, "decoding is not compiled"
             before, after = self._compiled
             q, k, v = before(x, rotary)
             return after(x, attend(q, k, v, layout, scale=self.attention.scale))
-        if self.is_prenorm:
-            x = x + self.attention(self.attention_norm(x), rotary, layout, cache)
-            return x + self.feed_forward(self.feed_forward_norm(x))
-        x = self.attention_norm(self.alpha * x + self.attention(x, rotary, layout, cache))
-        return self.feed_forward_norm(self.alpha * x + self.feed_forward(x))
+        return self._rest(x, self.attention(self._attention_input(x), rotary, layout, cache))
+
+    def _attention_input(self, x: Stream) -> Stream:
+        return self.attention_norm(x) if self.is_prenorm else x
+
+    def _rest(self, x: Stream, attended: Stream) -> Stream:
+        """Return the block's output from its input and what attention makes of it."""
+        x = x + attended if self.is_prenorm else self.attention_norm(self.alpha * x + attended)
+        branch = self._feed_forward
+        y = _recomputed(branch, x) if self.recompute == "feed_forward" else branch(x)
+        return x + y if self.is_prenorm else self.feed_forward_norm(self.alpha * x + y)
+
+    def _feed_forward(self, x: Stream) -> Stream:
+        return self.feed_forward(self.feed_forward_norm(x) if self.is_prenorm else x)
 
     def compile_parts(self) -> None:
         """Compile what is before and after `attend`, for training and evaluation.
@@ -246,15 +273,10 @@ class Block(nn.Module):
         self._compiled = compiled(self._before), compiled(self._after)
 
     def _before(self, x: Stream, rotary: Rotary) -> QueriesKeysValues:
-        return self.attention.project(self.attention_norm(x) if self.is_prenorm else x, rotary)
+        return self.attention.project(self._attention_input(x), rotary)
 
     def _after(self, x: Stream, mixed: Float[Tensor, "b t h e"]) -> Stream:
-        y = functional.linear(mixed.flatten(2), self.attention.wo)
-        if self.is_prenorm:
-            x = x + y
-            return x + self.feed_forward(self.feed_forward_norm(x))
-        x = self.attention_norm(self.alpha * x + y)
-        return self.feed_forward_norm(self.alpha * x + self.feed_forward(x))
+        return self._rest(x, functional.linear(mixed.flatten(2), self.attention.wo))
 
 
 class Head(nn.Module):
@@ -312,6 +334,11 @@ class Decoder(nn.Module):
         """
         hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions)
         return self.head(hidden, targets, gradient_scale, loss, emo_rows)
+
+    def set_recompute(self, what: Recompute) -> None:
+        """Say what the backward pass computes again instead of keeping it; see `engine.recompute`. No bit changes."""
+        for block in self.blocks:
+            block.recompute = block.feed_forward.recompute = what  # type: ignore[assignment, union-attr]
 
     def compile_parts(self) -> None:
         """Compile the blocks and the loss, for training and evaluation on rows of one length."""

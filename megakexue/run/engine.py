@@ -225,10 +225,13 @@ class Engine:
         parameters = dict(module.named_parameters())
         self._own_gradients = OwnGradients(parameters.values())
         self.is_compiled, self.compile_reason = choose_compile(config, self.device, ranks.world_size)
+        module.set_recompute(config.engine.recompute)
         if self.is_compiled:  # before DeepSpeed, which wraps what it finds
             module.compile_parts()
-            if partitioned:  # gathered block by block: the hooks of smaller modules would break the graphs
-                deepspeed.utils.set_z3_leaf_modules(module, [Block])
+        if partitioned:
+            # gathered block by block: the hooks of smaller modules would break graphs, run again where the forward pass
+            # does, and change the order in which gradients are added up
+            deepspeed.utils.set_z3_leaf_modules(module, [Block])
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=_NoOptimizer(module.parameters()), config=self.deepspeed_config
         )

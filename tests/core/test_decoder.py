@@ -1,20 +1,35 @@
 """The decoder: its start, what one token may know of another, its formulas, and other implementations of it."""
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
-from megakexue.config import IGNORED, AttentionConfig, MlaConfig, ModelConfig, ResolvedModel, RopeConfig
+from megakexue.config import (
+    IGNORED,
+    AttentionConfig,
+    MlaConfig,
+    ModelConfig,
+    Recompute,
+    ResolvedModel,
+    RopeConfig,
+    load_config,
+)  # fmt: skip
 from megakexue.core import decoder
 from megakexue.core.attention import Backend, Layout
 from megakexue.core.decoder import Block, Cache, Decoder, LatentAttention, initial_weight, is_absorbed_cheaper
-from megakexue.core.resolve import resolve
+from megakexue.core.device import has_compiler
+from megakexue.core.resolve import resolve, resolve_config
 from tests.helpers import KINDS, VARIANTS, build, positions_of, tiny
+from tests.ranks import run_on_ranks
 
+RECOMPUTE: tuple[Recompute, ...] = ("none", "product", "feed_forward", "block")
 # prenorm has no recipe
 RECIPES = [
     changes | dict(deepnorm_recipe=recipe)
@@ -393,3 +408,57 @@ def test_bfloat16_rotary_tables_stay_float32() -> None:
     assert model(tokens, positions_of(tokens)).dtype == torch.float32
     assert model.rotary(positions_of(tokens), 8).query.dtype == torch.float32
     assert not any("rotary" in name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+
+
+# --- what a layer of configs/1b.yaml costs --------------------------------------------------------------------------
+
+
+def kept_and_launched() -> tuple[dict[str, float], int]:
+    """Of one compiled layer in bf16: bytes that it keeps a token for its backward pass, and the kernels it launches."""
+    torch.manual_seed(0)
+    config, n = resolve_config(load_config("configs/1b.yaml")).model, 128
+    model = Decoder(dataclasses.replace(config, n_layers=1, vocab_size=8), "sdpa").to(torch.bfloat16)
+    model.compile_parts()
+    block, x = model.blocks[0], torch.randn(1, n, config.d_model, dtype=torch.bfloat16, requires_grad=True)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.02)
+    positions = torch.arange(n)[None]
+    rotary, layout = model.rotary(positions, n), Layout(positions, None, backend="sdpa", dtype=torch.bfloat16)
+    # weights are no activations, and all layers share the rotary tables
+    not_ours = [*block.parameters(), *(t for t in rotary if t is not None)]
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    def both_passes() -> None:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = block(x, rotary, layout, None)
+        y.backward(torch.ones_like(y))
+
+    n_bytes: dict[str, float] = {}
+    with torch._inductor.config.patch(force_disable_caches=True):  # or there is no code to look at
+        _, codes = run_and_get_code(both_passes)
+    for recompute in RECOMPUTE:
+        model.set_recompute(recompute)
+        both_passes()
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        for t in not_ours:
+            sizes.pop(t.untyped_storage().data_ptr(), None)
+        n_bytes[recompute] = sum(sizes.values()) / n
+    calls = [re.findall(r"^ +(?:cpp_fused\w*|extern_kernels\.\w+)\(", code, re.MULTILINE) for code in codes]
+    return n_bytes, sum(map(len, calls))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+def test_a_compiled_layer_keeps_and_launches_little() -> None:
+    """Kept in bf16: 6 tensors of width d_model (the input, what attention gave, and before and after each norm, where
+    the last is the next layer's), queries, keys and values, and of width d_ff gate, up and their product."""
+    ((n_bytes, n_kernels),) = run_on_ranks(1, kept_and_launched)
+    assert n_bytes["none"] <= 60_500 and n_bytes["product"] <= 49_250, n_bytes
+    assert n_bytes["feed_forward"] <= 27_000 and n_bytes["block"] <= 10_000, n_bytes
+    assert n_bytes["none"] - n_bytes["product"] == 2 * 5632
+    assert 20 < n_kernels + 2 <= 40, n_kernels  # with attention's own

@@ -5,12 +5,12 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from megakexue.config import ResolvedConfig, UserError
+from megakexue.config import Recompute, ResolvedConfig, UserError
 from megakexue.core.attention import Layout
 from megakexue.core.axes import shape
 from megakexue.core.decoder import Decoder, initial_weight
@@ -267,6 +267,45 @@ def test_compiled_stages_are_equal_in_every_bit_and_near_eager(prepared: Prepare
                 assert torch.equal(value, first[kind][name]), (where(config), kind, name)
                 assert (value - near[kind][name]).abs().max() <= 2e-3 * value.abs().max() + 1e-7, (i, kind, name)
     assert repr(again[0][0][0]["results"]) == repr(of_ranks[0][0][0]["results"])  # by kernels that were made anew
+
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "product", "feed_forward", "block")
+
+
+def recomputing(config: ResolvedConfig, compile: Literal["on", "off"] = "off") -> list[ResolvedConfig]:
+    """The config with each setting of engine.recompute."""
+    return [replace(config, engine=replace(config.engine, recompute=what, compile=compile)) for what in RECOMPUTE]
+
+
+def check_nothing_changes(configs: list[ResolvedConfig], of_ranks: list[list[dict[str, Any]]]) -> None:
+    """Compare each run with the first of its kind, of which there are as many as settings of engine.recompute."""
+    for results in of_ranks:
+        for i, (config, found) in enumerate(zip(configs, results, strict=True)):
+            kept, what = results[i - i % len(RECOMPUTE)], f"{where(config)} {config.engine.recompute}"
+            for key in ("results", "evaluation"):
+                assert repr(found[key]) == repr(kept[key]), what
+            for (name, *_, views), (*_, expected) in zip(found["state"], kept["state"], strict=True):
+                assert all(torch.equal(value, expected[kind]) for kind, value in views.items()), (what, name)
+
+
+@pytest.mark.slow
+def test_what_is_computed_again_changes_no_bit(prepared: Prepared) -> None:
+    absorbed = TIGER | {"accumulate": "momentum"}
+    kinds = [
+        dict(stage=0, dtype="fp32", optim=ADAMW), dict(stage=1, dtype="fp16", optim=TIGER),
+        dict(stage=1, dtype="bf16", optim=TIGER, mla=True), dict(stage=2, dtype="bf16", optim=TIGER),
+        dict(stage=2, dtype="bf16", optim=absorbed, mla=True), dict(stage=3, dtype="bf16", optim=absorbed),
+        dict(stage=3, dtype="fp32", optim=TIGER, mla=True),
+    ]  # fmt: skip
+    configs = [config for kind in kinds for config in recomputing(make_config(prepared, steps=2, **kind))]  # type: ignore[arg-type]
+    check_nothing_changes(configs, run_on_ranks(2, many_cases, [(config, False) for config in configs]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+def test_what_is_computed_again_changes_no_bit_of_compiled_blocks(prepared: Prepared) -> None:
+    configs = recomputing(make_config(prepared, stage=3, optim=TIGER, rows=4, steps=2), "on")
+    check_nothing_changes(configs, run_on_ranks(1, many_cases, [(config, False) for config in configs]))
 
 
 @pytest.mark.slow
