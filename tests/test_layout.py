@@ -61,7 +61,6 @@ OWNERS = {
     "xxhash": {"text.duplicates", "text.shards"},
     "pyarrow": {"text.inputs"},
     "zstandard": {"text.inputs"},
-    "flash_attn": {"core.attention"},
     "deepspeed": {"run.engine"},
     "safetensors": {"bundle.bundle", "run.checkpoint", "run.replay"},
     "rich": {"run.metrics", "text.progress"},

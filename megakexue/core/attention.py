@@ -7,16 +7,18 @@ r = h/g query heads in a group, d head width, e value width. Query head i reads 
 
 `model.attention.backend: auto` takes the first of these that can run here (`choose_backend`):
 
-    CUDA   flash    flash-attn 2, if installed: bf16 or fp16, e = d <= 256
-           varlen   the same kernel in torch, under the same conditions
+    CUDA   flash    flash-attn 3, 4 or 2, the first that is installed and runs here (`FLASH_ATTN`): bf16 or fp16
+           varlen   the kernel of flash-attn 2 in torch, for e = d <= 256
            flex     FlexAttention, compiled: any dtype and widths from 16, such as MLA's 192/128
            sdpa     torch's scaled dot product attention: anything, with a mask of b t^2 numbers for packed documents
     CPU    sdpa     for rows above MAX_BLOCKED tokens when e = d; with e != d torch would keep even more than blocked
            blocked  plain matrix products: any widths; keeps h t^2 / 2 probabilities a row for the backward pass
 
-`reference` is the formula in float32, for tests. When each row is one document (no boundaries), varlen and flex give
-way to sdpa, whose kernels are causal by themselves. Cached decoding is sdpa with a mask for every backend but
-reference.
+The order on CUDA is that of published speeds on an H100; tools/benchmarks/gpu.sh measures it.
+
+`reference` is the formula in float32, for tests. When each row is one document (no boundaries), flash-attn 2, varlen
+and flex give way to sdpa, whose kernels are causal by themselves: cuDNN's on Hopper is about twice as fast as those of
+flash-attn 2. Cached decoding is sdpa with a mask for every backend but reference.
 
 What must stay true: the backends agree to rounding, with scores and the sums of the softmax in float32 or better
 (blocked rounds the scores to the dtype of its inputs). A key that a query may not see has a weight of exactly zero.
@@ -24,10 +26,12 @@ So no finite number in it changes a bit of the result, but a NaN or an infinity 
 are therefore zeros.
 """
 
+import importlib
 import importlib.util
 import inspect
-from functools import cache
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
@@ -52,6 +56,28 @@ MAX_BLOCKED = 4096
 """Tokens in a row, above which `auto` prefers sdpa: blocked keeps all probabilities for the backward pass."""
 
 
+class _Kernel(NamedTuple):
+    """A version of flash-attn: where it is, and what it takes by its own source (of August 2026)."""
+
+    module: str
+    capabilities: tuple[int, ...]
+    """Of GPUs, their first numbers."""
+    widths: Callable[[int, int], bool]
+    """Whether it has a forward and a backward pass for such keys and values."""
+
+
+FLASH_ATTN = {
+    # hopper/flash_api.cpp: mha_fwd takes a second width in this range, and mha_bwd rounds both up to the larger;
+    # hopper/test_flash_attn.py tests both passes so. It has kernels for older GPUs, which nobody measured against 2.
+    3: _Kernel("flash_attn_interface", (9,), lambda d, e: d == e or (128 < d <= 192 and 96 < e <= 128)),
+    # flash_attn/cute/interface.py, _validate_head_dims; tests/cute/test_flash_attn.py tests the backward pass for these
+    # alone, and with two widths only where each query head has a key of its own, which is so in MLA
+    4: _Kernel("flash_attn.cute", (9, 10, 11), lambda d, e: d == e <= 128 or (d, e) == (192, 128)),
+    2: _Kernel("flash_attn", (8, 9, 10, 11, 12), lambda d, e: d == e),
+}
+"""By version, the faster ones first."""
+
+
 def _obstacle(backend: str, device: str, dtype: torch.dtype, d_head: int, d_value: int) -> str | None:
     """Return why a backend cannot run here, with the remedy if there is one; None: it can."""
     if backend not in ("flash", "varlen", "flex"):
@@ -64,22 +90,75 @@ def _obstacle(backend: str, device: str, dtype: torch.dtype, d_head: int, d_valu
         return None if importlib.util.find_spec("triton") else "needs triton: pip install triton"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bf16 and fp16, not {dtype}: set engine.dtype"
-    if d_head != d_value or d_head > 256 or d_head % 8 != 0:
-        return f"takes one head width for all, a multiple of 8 up to 256, not {d_head} and {d_value}"
+    if any(width > 256 or width % 8 for width in (d_head, d_value)):
+        return f"takes head widths that are multiples of 8 up to 256, not {d_head} and {d_value}"
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     if backend == "varlen":
-        from torch.nn.attention import varlen
+        return _varlen_obstacle(dtype, d_head, d_value)
+    version, why = _flash_attn(dtype, d_head, d_value)
+    remedy = ": pip install 'megakexue[gpu]'" if "2: not installed" in why else ""
+    return None if version else f"needs flash-attn ({why}){remedy}"
 
-        can = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-        return None if can else f"needs a newer torch than {torch.__version__}"
+
+@cache
+def _varlen_obstacle(dtype: torch.dtype, d_head: int, d_value: int) -> str | None:
+    from torch.nn.attention import varlen
+
+    if d_head != d_value:
+        return f"takes one head width for all, not {d_head} and {d_value}"
+    if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
+        return f"needs a newer torch than {torch.__version__}"
+    error = _trial(_varlen, dtype, d_head, d_value)
+    return None if error is None else f"fails here ({error})"
+
+
+@cache
+def _flash_attn(dtype: torch.dtype, d_head: int, d_value: int) -> tuple[int, str]:
+    """Return the first version of flash-attn that runs here, 0 for none, and why those before it do not."""
+    capability = torch.cuda.get_device_capability()
+    obstacles: list[str] = []
+    error: str | None
+    for version, kernel in FLASH_ATTN.items():
+        if capability[0] not in kernel.capabilities:
+            error = f"has no kernels for compute capability {capability[0]}.{capability[1]}"
+        elif not kernel.widths(d_head, d_value):
+            error = f"takes no head widths of {d_head} and {d_value}"
+        else:
+            error = _trial(partial(_flash, version), dtype, d_head, d_value)
+        if error is None:
+            return version, ", ".join(obstacles)
+        obstacles.append(f"{version}: {error}")
+    return 0, ", ".join(obstacles)
+
+
+def _trial(
+    kernel: Callable[..., Tensor], dtype: torch.dtype, d_head: int, d_value: int, device: str = "cuda"
+) -> str | None:
+    """Attend to a short packed row, forward and backward, and return what went wrong; None: nothing.
+
+    It makes the import that `attend` makes. A package may be built for another torch or GPU, or without some widths.
+    """
+    positions = torch.tensor([[*range(20), *range(8), *range(4)]], device=device)
+    boundaries = torch.tensor([0, 20, 28, 32], dtype=torch.int32, device=device)
+    generator, results = torch.Generator().manual_seed(0), []
+    inputs = [torch.randn(1, 32, 2, n, generator=generator).to(device, dtype) for n in (d_head, d_head, d_value)]
+    backends: tuple[Backend, ...] = ("flash", "reference")
     try:
-        # the import that `attend` makes: it fails for a build for another torch, and where FlashAttention 4 alone has
-        # the name
-        from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
-    except ImportError as error:
-        return f"needs flash-attn 2 ({error}): pip install 'megakexue[gpu]'"
-    return None
+        for backend in backends:
+            layout = Layout(positions, boundaries, backend=backend, dtype=dtype)
+            function: Callable[..., Tensor] = kernel if backend == "flash" else _reference
+            with torch.inference_mode(False), torch.enable_grad():
+                leaves = [x.clone().requires_grad_() for x in inputs]
+                out = function(*leaves, layout, d_head**-0.5)
+                results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results)]
+    except Exception as error:  # a broken package may raise anything
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("flash_attn"):
+            return "not installed"
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    # rounding to bf16 makes about 0.005; NaN fails too
+    return None if all(x < 0.1 for x in errors) else "its results are wrong"
 
 
 def choose_backend(
@@ -94,14 +173,15 @@ def choose_backend(
         obstacle = _obstacle(setting, device, dtype, d_head, d_value)
         if obstacle is not None:
             raise UserError(f"model.attention.backend={setting} {obstacle}; or use auto")
-        return setting, "model.attention.backend"  # type: ignore[return-value]
+        return setting, "model.attention.backend" + _version(setting, dtype, d_head, d_value)  # type: ignore[return-value]
     if device == "cuda":
         obstacles: list[str] = []
         candidates: tuple[Backend, ...] = ("flash", "varlen", "flex")
         for backend in candidates:
             obstacle = _obstacle(backend, device, dtype, d_head, d_value)
             if obstacle is None:
-                return backend, "; ".join(obstacles) or "the first choice on CUDA"
+                why = "; ".join(obstacles) or "the first choice on CUDA"
+                return backend, why + _version(backend, dtype, d_head, d_value)
             obstacles.append(f"{backend} {obstacle}")
         return "sdpa", "; ".join(obstacles)
     if d_head != d_value:
@@ -109,6 +189,14 @@ def choose_backend(
     if seq_len > MAX_BLOCKED:
         return "sdpa", f"rows of {seq_len} tokens are too long for the blocked form's memory"
     return "blocked", "the fastest form on CPU for packed documents"
+
+
+def _version(backend: str, dtype: torch.dtype, d_head: int, d_value: int) -> str:
+    """Return what is to be said of flash-attn where it is chosen."""
+    if backend != "flash":
+        return ""
+    version, why = _flash_attn(dtype, d_head, d_value)
+    return f", flash-attn {version}" + (f" ({why})" if why else "")
 
 
 Blocks = list[tuple[int, int, int, Tensor]]
@@ -137,6 +225,8 @@ class Layout:
     """Of blocked: rows, and the blocks of queries in these rows."""
     block_mask: Any
     """Of flex with packed documents: a BlockMask."""
+    documents: Int32[Tensor, " p"]
+    """Of flash and varlen with packed documents: their boundaries, padded to one of a few lengths."""
     bias: Float[Tensor, "#b 1 rt s"] | None
     """Of sdpa, and of cached decoding: 0 where a query sees a key, else -inf; None: a query sees all keys up to its own
     position, which the kernel knows by itself."""
@@ -157,6 +247,8 @@ class Layout:
             self.blocks = _blocks(positions, is_packed, dtype)
         elif backend == "flex" and is_packed:
             self.block_mask = _block_mask(positions)
+        elif cu_seqlens is not None and backend in ("flash", "varlen"):
+            self.documents = _padded(cu_seqlens, positions.numel())
         else:
             self.bias = _bias(self._visible()[:, None], dtype) if backend == "sdpa" and is_packed else None
 
@@ -166,6 +258,17 @@ class Layout:
             return key <= self.positions[:, :, None]
         causal = key <= key[:, None]
         return causal[None] if self.cu_seqlens is None else causal & (key >= _starts(self.positions)[:, :, None])
+
+
+def _padded(cu_seqlens: Int32[Tensor, " n"], n_tokens: int) -> Int32[Tensor, " p"]:
+    """Add empty documents at the end until their number is a power of two.
+
+    So the shapes that a kernel, its plan and its buffers see do not change with each batch. Not more than that, since
+    the backward pass has a buffer of up to 128 rows for each document. Empty documents leave at once: flash-attn 2 and
+    torch in compute_attn_1rowblock and compute_dq_dk_dv_1colblock; 3 and 4 have tests of them (zero_lengths).
+    """
+    n_documents = len(cu_seqlens) - 1
+    return functional.pad(cu_seqlens, (0, (1 << (n_documents - 1).bit_length()) - n_documents), value=n_tokens)
 
 
 def _starts(positions: Int64[Tensor, "b t"]) -> Int64[Tensor, "b t"]:
@@ -230,7 +333,7 @@ def _block_mask(positions: Int64[Tensor, "b t"]) -> Any:
 def attend(q: Queries, k: Keys, v: Values, layout: Layout, *, scale: float) -> Mixed:
     """Attend to the keys that `layout` shows, by its backend, with the softmax of scale * q.k.
 
-    d and e may differ, except in flash and varlen.
+    d and e may differ, except in varlen and in flash but for MLA's 192 and 128.
     """
     assert k.shape[1] == layout.n_keys, "keys that the layout does not know"
     backend = layout.backend
@@ -241,9 +344,9 @@ def attend(q: Queries, k: Keys, v: Values, layout: Layout, *, scale: float) -> M
     if backend == "blocked":
         return _blocked(q, k, v, layout, scale)
     if backend == "flash":
-        return _flash(q, k, v, layout, scale)
+        return _flash(_flash_attn(q.dtype, q.shape[3], v.shape[3])[0], q, k, v, layout, scale)
     if backend == "varlen" and layout.cu_seqlens is not None:
-        return _varlen(q, k, v, layout.cu_seqlens, scale)
+        return _varlen(q, k, v, layout, scale)
     if backend == "flex" and layout.cu_seqlens is not None:
         return _flex(q, k, v, layout, scale)
     return _sdpa(q, k, v, layout, scale)
@@ -282,7 +385,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any)
     # cuDNN's backward gives NaN with a mask on some lengths (pytorch 196678), so a mask never reaches it
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if mask is None:
-        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *backends]
+        fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        # torch's own order: cuDNN is the faster one from Hopper on
+        is_old = q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0)
+        backends = [*(reversed(fast) if is_old else fast), *backends]
     elif q.device.type == "cpu":
         backends = [SDPBackend.FLASH_ATTENTION, *backends]
     with sdpa_kernel(backends, set_priority=True):
@@ -348,25 +454,31 @@ class _Blocked(torch.autograd.Function):
         return d_q, d_k, d_v, None, None
 
 
-def _flash(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    if layout.cu_seqlens is None:
-        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+def _flash(version: int, q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
+    if layout.cu_seqlens is None and version == 2:
+        return _sdpa(q, k, v, layout, scale)
+    module = importlib.import_module(FLASH_ATTN[version].module)
     b, t = q.shape[:2]
-    # t for the longest document: an upper bound is enough for the kernel's grid; the true one would wait for the GPU
-    boundaries = (layout.cu_seqlens, layout.cu_seqlens, t, t)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return flash_attn_varlen_func(q, k, v, *boundaries, softmax_scale=scale, causal=True).unflatten(0, (b, t))
+    options: dict[str, Any] = dict(softmax_scale=scale, causal=True)
+    if layout.cu_seqlens is None:
+        out = module.flash_attn_func(q, k, v, **options)
+    else:
+        # by name, since version 4 has another order; t for the longest document: an upper bound is enough for the
+        # kernel's grid, and the true one would wait for the GPU
+        options |= dict(cu_seqlens_q=layout.documents, cu_seqlens_k=layout.documents, max_seqlen_q=t, max_seqlen_k=t)
+        out = module.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **options)
+    # version 4 and betas of 3 return the sums of the softmax too
+    out = out[0] if isinstance(out, tuple) else out
+    return out.view(b, t, *out.shape[-2:])
 
 
-def _varlen(q: Queries, k: Keys, v: Values, cu_seqlens: Int32[Tensor, " n"], scale: float) -> Mixed:
+def _varlen(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:
     from torch.nn.attention.varlen import varlen_attn
 
     b, t = q.shape[:2]
-    boundaries = (cu_seqlens, cu_seqlens, t, t)
+    boundaries = (layout.documents, layout.documents, t, t)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    # cuDNN, which torch might choose instead, makes a new plan for each number of documents
+    # not cuDNN, which torch might choose instead: its backward pass gave NaN before (see `_fused`)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = varlen_attn(q, k, v, *boundaries, scale=scale, window_size=(-1, 0), enable_gqa=True)
     assert isinstance(out, Tensor)

@@ -1,9 +1,12 @@
 """The backends against one another and against a loop over single documents; what a query may not see."""
 
 import importlib.util
+import itertools
 import re
 import sys
-import types
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from megakexue.config import UserError
-from megakexue.core.attention import BLOCK, MAX_BLOCKED, Backend, Layout, attend, choose_backend
+from megakexue.core import attention
+from megakexue.core.attention import BLOCK, FLASH_ATTN, MAX_BLOCKED, Backend, Layout, attend, choose_backend
 
 # said once by FlexAttention, which the tests run uncompiled on the CPU
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -276,61 +280,210 @@ def test_flex_equals_the_reference(
 # --- the choice ----------------------------------------------------------------------------------------------------
 
 
+class Kernels:
+    """A package as those of flash-attn: it loops over the documents, and notes the boundaries that it was given."""
+
+    def __init__(self, module: str) -> None:
+        self.module, self.boundaries, self.is_wrong, self.unpacked = module, [], False, 0  # type: ignore[var-annotated]
+
+    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Any:
+        assert causal
+        self.unpacked += 1
+        n = torch.arange(len(q) + 1, dtype=torch.int32) * q.shape[1]
+        out = self.loop(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), n, softmax_scale)
+        return self.result(out.unflatten(0, q.shape[:2]))
+
+    def flash_attn_varlen_func(
+        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: float, causal: bool,
+    ) -> Any:  # fmt: skip
+        assert causal and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
+        self.boundaries.append(cu_seqlens_q.tolist())
+        return self.result(self.loop(q, k, v, cu_seqlens_q, softmax_scale))
+
+    def varlen_attn(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+        scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    ) -> Tensor:  # fmt: skip
+        """Of torch."""
+        assert window_size == (-1, 0) and enable_gqa and cu_seq_q is cu_seq_k and max_q == max_k
+        self.boundaries.append(cu_seq_q.tolist())
+        return self.loop(query, key, value, cu_seq_q, scale)
+
+    def loop(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float) -> Tensor:
+        r = q.shape[1] // k.shape[1]
+        parts = []
+        for low, high in itertools.pairwise(boundaries.tolist()):
+            rows = slice(low, high)
+            heads = [one_document(q[rows, i], k[rows, i // r], v[rows, i // r], scale) for i in range(q.shape[1])]
+            parts.append(torch.stack(heads, 1) * (2 if self.is_wrong else 1))
+        return torch.cat(parts)
+
+    def result(self, out: Tensor) -> Any:
+        return (out, None) if self.module == "flash_attn.cute" else out
+
+
+class NotInstalled:
+    """Keeps what is installed on the machine of the tests from being found."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] in ("flash_attn", "flash_attn_interface"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 class Machine:
-    """A machine with a GPU, of which the test takes parts away."""
+    """A Hopper GPU with every kernel, of which the test takes parts away. Its numbers are on the CPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch = monkeypatch
-        self.flash_attn("flash_attn_func", "flash_attn_varlen_func")
+        self.patch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
+        self.patch.setattr(attention, "_trial", partial(attention._trial, device="cpu"))
+        self.flash = {version: Kernels(kernel.module) for version, kernel in FLASH_ATTN.items()}
+        self.varlen = Kernels("torch")
+        self.patch.setattr(varlen, "varlen_attn", self.varlen.varlen_attn)
+        self.install(3, 4, 2)
         self.capability((9, 0))
         self.triton(True)
-        self.patch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal, enable_gqa: None)
 
-    def flash_attn(self, *functions: str) -> None:
-        module = types.ModuleType("flash_attn")
-        for name in functions:
-            setattr(module, name, None)
-        self.patch.setitem(sys.modules, "flash_attn", module if functions else None)
+    def install(self, *versions: int) -> None:
+        """Install these versions of flash-attn and no other."""
+        for version, kernels in self.flash.items():
+            if version in versions:
+                self.patch.setitem(sys.modules, kernels.module, kernels)
+            else:
+                self.patch.delitem(sys.modules, kernels.module, raising=False)
+        self.forget()
 
     def capability(self, value: tuple[int, int]) -> None:
-        self.patch.setattr(torch.cuda, "get_device_capability", lambda: value)
+        self.patch.setattr(torch.cuda, "get_device_capability", lambda *_: value)
+        self.forget()
 
     def triton(self, is_installed: bool) -> None:
         self.patch.setattr(importlib.util, "find_spec", lambda name: object() if is_installed else None)
 
     def old_torch(self) -> None:
         self.patch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal: None)
+        self.forget()
+
+    @staticmethod
+    def forget() -> None:
+        attention._flash_attn.cache_clear()
+        attention._varlen_obstacle.cache_clear()
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    Machine.forget()
 
 
 def choice(setting: str = "auto", dtype: torch.dtype = torch.bfloat16, d: int = 128, e: int = 128) -> tuple[str, str]:
     return choose_backend(setting, "cuda", dtype, d, e, 4096)
 
 
+NO_FLASH = "flash needs flash-attn (3: not installed, 4: not installed, 2: not installed): pip install 'megakexue[gpu]'"
+
+
 def test_order_on_cuda(machine: Machine) -> None:
-    assert choice() == ("flash", "the first choice on CUDA")
-    for functions in ((), ("flash_attn_unpadded_func",)):  # not installed; version 1
-        machine.flash_attn(*functions)
-        backend, why = choice()
-        assert backend == "varlen"
-        assert why.startswith("flash needs flash-attn 2 (") and why.endswith("): pip install 'megakexue[gpu]'")
+    first = "the first choice on CUDA, flash-attn"
+    assert choice() == ("flash", f"{first} 3")
+    assert choice("flash") == ("flash", "model.attention.backend, flash-attn 3")
+    machine.install(4, 2)
+    assert choice() == ("flash", f"{first} 4 (3: not installed)")
+    machine.install(2)
+    assert choice() == ("flash", f"{first} 2 (3: not installed, 4: not installed)")
+    machine.install()
+    assert choice() == ("varlen", NO_FLASH)
     machine.old_torch()
-    assert choice() == ("flex", f"{why}; varlen needs a newer torch than {torch.__version__}")
+    assert choice() == ("flex", f"{NO_FLASH}; varlen needs a newer torch than {torch.__version__}")
     machine.triton(False)
     assert choice()[0] == "sdpa"
     assert choice()[1].endswith("; flex needs triton: pip install triton")
 
 
+@pytest.mark.parametrize(
+    ("capability", "widths", "version"),
+    [
+        ((8, 0), (128, 128), 2),
+        ((8, 0), (192, 128), None),
+        ((9, 0), (64, 64), 3),
+        ((9, 0), (192, 128), 3),
+        ((9, 0), (256, 256), 3),
+        ((9, 0), (128, 64), None),
+        ((10, 0), (128, 128), 4),
+        ((10, 0), (192, 128), 4),
+        ((10, 0), (256, 256), 2),
+        ((12, 0), (128, 128), 2),
+    ],
+    ids=str,
+)
+def test_the_version_of_flash_attn(
+    machine: Machine, capability: tuple[int, int], widths: tuple[int, int], version: int | None
+) -> None:
+    machine.capability(capability)
+    backend, why = choice(d=widths[0], e=widths[1])
+    if version is None:
+        assert backend == "flex" and why.startswith("flash needs flash-attn (3: ") and "pip install" not in why
+    else:
+        assert backend == "flash" and f"flash-attn {version}" in why
+
+
+def test_a_kernel_that_fails_here_is_passed_over(machine: Machine) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+    machine.flash[3].flash_attn_varlen_func = broken  # type: ignore[method-assign]
+    machine.flash[4].is_wrong = True
+    wrong = "its results are wrong"
+    wanted = f"3: CUDA error: no kernel image is available, 4: {wrong}"
+    assert choice() == ("flash", f"the first choice on CUDA, flash-attn 2 ({wanted})")
+    machine.flash[2].is_wrong = machine.varlen.is_wrong = True
+    machine.forget()
+    backend, why = choice()
+    assert backend == "flex"
+    assert why == f"flash needs flash-attn ({wanted}, 2: {wrong}); varlen fails here ({wrong})"
+
+
+@pytest.mark.parametrize("backend", ["flash 3", "flash 4", "flash 2", "varlen"])
+def test_packed_rows_have_one_of_a_few_numbers_of_documents(machine: Machine, backend: str) -> None:
+    name, _, version = backend.partition(" ")
+    machine.install(*([int(version)] if version else []))
+    kernels = machine.flash[int(version)] if version else machine.varlen
+    assert choice()[0] == name
+    inputs = [x.detach().bfloat16() for x in random_qkv(2, 64, 4, 2, 128, 128)]
+    lengths = set()
+    for n in range(2, 20):
+        rows = documents([1] * (n - 2) + [64 - (n - 2)], [64])
+        kernels.boundaries.clear()
+        out = attend_with(name, inputs, rows, 0.1)  # type: ignore[arg-type]
+        (given,) = kernels.boundaries
+        # those of the row, and empty documents at the end of it
+        assert given[: len(rows[1])] == rows[1].tolist() and set(given[len(rows[1]) :]) <= {128}
+        lengths.add(len(given))
+        exact = attend_with("reference", inputs, rows, 0.1)
+        assert (out - exact).norm() < 2e-2 * exact.norm()
+    assert lengths == {2 + 1, 4 + 1, 8 + 1, 16 + 1, 32 + 1}
+
+
+@pytest.mark.parametrize("version", FLASH_ATTN)
+def test_rows_of_one_document_on_cuda(machine: Machine, version: int) -> None:
+    machine.install(version)
+    machine.forget()
+    inputs = [x.detach().bfloat16() for x in random_qkv(2, 64, 4, 2, 128, 128)]
+    positions, cu_seqlens = documents([64], [64])
+    out = attend_with("flash", inputs, (positions, None), 0.1)
+    # that of version 2 is slower than cuDNN's
+    assert machine.flash[version].unpacked == (version != 2)
+    exact = attend_with("reference", inputs, (positions, cu_seqlens), 0.1)
+    assert (out - exact).norm() < 2e-2 * exact.norm()
+
+
 def test_what_no_flash_kernel_takes_goes_to_flex(machine: Machine) -> None:
-    for d, e in ((192, 128), (288, 288), (100, 100)):
+    for d, e in ((288, 288), (100, 100)):
         backend, why = choice(d=d, e=e)
-        widths = f"takes one head width for all, a multiple of 8 up to 256, not {d} and {e}"
+        widths = f"takes head widths that are multiples of 8 up to 256, not {d} and {e}"
         assert (backend, why) == ("flex", f"flash {widths}; varlen {widths}")
-    assert choice(d=256, e=256)[0] == "flash"
     backend, why = choice(dtype=torch.float32)
     assert backend == "flex" and why.startswith(
         "flash takes bf16 and fp16, not torch.float32: set engine.dtype; varlen"
@@ -360,20 +513,20 @@ def test_what_is_asked_for_must_run_here(machine: Machine) -> None:
         message = f"model.attention.backend={backend} needs a CUDA device, not cpu; or use auto"
         with pytest.raises(UserError, match=message):
             choose_backend(backend, "cpu", torch.bfloat16, 64, 64, 512)
-        assert choice(backend) == (backend, "model.attention.backend")
+        assert choice(backend)[0] == backend and choice(backend)[1].startswith("model.attention.backend")
     for backend in ("flash", "varlen"):
         with pytest.raises(
             UserError, match=f"backend={backend} takes bf16 and fp16, not torch.float32: set engine.dtype"
         ):
             choice(backend, dtype=torch.float32)
-        with pytest.raises(UserError, match=f"{backend} takes one head width for all, .* not 192 and 128; or use auto"):
-            choice(backend, d=192)
+        with pytest.raises(UserError, match=f"{backend} takes head widths .* 8 up to 256, not 264 and 128; or use"):
+            choice(backend, d=264)
+    with pytest.raises(UserError, match="backend=varlen takes one head width for all, not 192 and 128; or use auto"):
+        choice("varlen", d=192)
     with pytest.raises(UserError, match="backend=flex takes head widths from 16, not 8 and 128; or use auto"):
         choice("flex", d=8)
-    machine.flash_attn()
-    with pytest.raises(
-        UserError, match=r"=flash needs flash-attn 2 \(.*\): pip install 'megakexue\[gpu\]'; or use auto"
-    ):
+    machine.install()
+    with pytest.raises(UserError, match=re.escape(f"model.attention.backend={NO_FLASH}; or use auto")):
         choice("flash")
     machine.old_torch()
     with pytest.raises(UserError, match=r"backend=varlen needs a newer torch than .*; or use auto"):
@@ -434,6 +587,21 @@ def test_cuda_backends_equal_the_reference(backend: Backend, widths: tuple[int, 
         inputs = random_qkv(2, 320, *heads, *widths, dtype)
         assert_near_reference(backend, ([250, 70], [320]), inputs, True, tolerance)
         assert_near_reference(backend, ([320], [320]), inputs, False, tolerance)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("version", FLASH_ATTN)
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (192, 128)], ids=str)
+def test_cuda_each_installed_flash_attn(version: int, widths: tuple[int, int]) -> None:
+    """The choice shows only the first of them; a trial has results and gradients against the reference."""
+    kernel = FLASH_ATTN[version]
+    if torch.cuda.get_device_capability()[0] not in kernel.capabilities or not kernel.widths(*widths):
+        pytest.skip(f"flash-attn {version} has no kernel for this GPU and widths {widths}")
+    error = attention._trial(partial(attention._flash, version), torch.bfloat16, *widths)
+    if error == "not installed":
+        pytest.skip(f"flash-attn {version} is not installed")
+    assert error is None
 
 
 @pytest.mark.gpu

@@ -120,7 +120,8 @@ def test_description_names_the_numbers(name: str) -> None:
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MORE = {
-    "attention": "varlen: flash needs flash-attn 2 (No module named 'flash_attn'): pip install 'megakexue[gpu]'",
+    "attention": "varlen: flash needs flash-attn (3: not installed, 4: not installed, 2: not installed): pip install "
+    "'megakexue[gpu]'",
     "optimizer": "tiger, in chunks of 65,536: fewer than 16,777,216 elements a rank",
     "start": "weights of bundles/7b_from_1b, with the state of its tiger after 50000 updates, data from epoch 0, "
     "sample 25600000 on",
