@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ in the scores.
 examples:
   tools/benchmarks/step.py                                   26M parameters, bf16, one document a row
   tools/benchmarks/step.py --documents 4 --dtype fp32 --rounds 9 --json step.json
+  tools/benchmarks/step.py --profile                         where the time of a step goes, too
   tools/benchmarks/step.py --d-model 2048 --n-layers 24 --d-ff 5632 --vocab-size 64000 --rows 4 --seq-len 4096   a GPU
 """
 BOS, PAD = 1, 3
@@ -59,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=as_integer, default=default, help=f"default: {default}")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: bf16")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
+    parser.add_argument("--profile", action="store_true", help="one more step of each arm: the time of its kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     return parser.parse_intermixed_args()
 
@@ -180,6 +183,60 @@ def make_batches(args: argparse.Namespace, n: int) -> list["Batch"]:
     return batches
 
 
+GROUPS = {
+    "elementwise": r"^triton_(?!tem|.*attention)",  # which has the names of all operators in it
+    "attention": r"flash|fmha|attention|attn|sdpa|triton_tem|aten::_softmax|bmm|_Blocked",
+    "products": r"gemm|gemv|nvjet|cutlass|cublas|split_?k|::(add)?mm|linear",
+    "copies": r"memcpy|memset|copy|clone|contiguous|::(cat|fill_|zero_)",
+}
+"""Patterns of the names of a GPU's kernels, and on a CPU of torch's operators, where only attention has batched
+products. The first that fits counts."""
+
+
+def summary(kernels: list[tuple[str, float, float]]) -> dict[str, dict[str, float]]:
+    """Return ms, idle ms and launches by group, from name, start and microseconds of each kernel.
+
+    What comes after the last product is the tail: the optimizer. Idle is what lies between the kernels.
+    """
+
+    def group(name: str) -> str:
+        return next((g for g, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), "elementwise")
+
+    found = {
+        g: {"ms": 0.0, "idle_ms": 0.0, "launches": 0.0}
+        for g in ("products", "attention", "elementwise", "copies", "tail")
+    }
+    kernels = sorted(kernels, key=lambda kernel: kernel[1])
+    last_product = max((start for name, start, _ in kernels if group(name) == "products"), default=float("inf"))
+    end = kernels[0][1] if kernels else 0.0
+    for name, start, length in kernels:
+        values = found["tail" if start > last_product else group(name)]
+        values["ms"] += length / 1e3
+        values["idle_ms"] += max(0.0, start - end) / 1e3  # before this kernel
+        values["launches"] += 1
+        end = max(end, start + length)
+    return found
+
+
+def profile(arm: Any, batch: "Batch") -> dict[str, dict[str, float]]:
+    """Return the `summary` of one more step. On a CPU it is of operators, each without the others in it."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    is_cuda = torch.cuda.is_available()
+    kind = DeviceType.CUDA if is_cuda else DeviceType.CPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    with torch.profiler.profile(activities=activities) as record:
+        arm.step(batch)
+    events = [e for e in record.events() or [] if e.device_type == kind and not getattr(e, "is_user_annotation", False)]
+    if is_cuda:
+        return summary([(e.name, e.time_range.start, e.time_range.elapsed_us()) for e in events])
+    # operators contain others, so what lies between them says nothing
+    found = summary([(e.name, e.time_range.start, e.self_cpu_time_total) for e in events])
+    return {group: {k: v for k, v in numbers.items() if k != "idle_ms"} for group, numbers in found.items()}
+
+
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return of each arm its seconds in each round, the loss of its first and last step, and what it saves."""
     import torch
@@ -202,6 +259,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             found[name]["last_loss"] = loss
     tokens = args.rows * args.seq_len * args.n_layers
     for name, arm in arms.items():
+        if args.profile:
+            found[name]["profile"] = profile(arm, batches[0])
         if isinstance(arm, Ours):
             found[name]["saved_bytes_a_token_and_layer"] = arm.saved_bytes(batches[0]) / tokens
     return found
@@ -233,6 +292,9 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> dict[s
             f"{name:<22} {rate:9,.0f} tokens/s  {values['mfu']:6.1%} of the peak ({values['mfu_not_causal']:.1%} with "
             f"12 L d t)" + ("" if saved is None else f"  {saved / 1e3:6.1f} kB saved a token and layer")
         )
+        for group, numbers in values.get("profile", {}).items():
+            idle = f", {numbers['idle_ms']:,.1f} ms idle before them" if "idle_ms" in numbers else ""
+            print(f"{'':<22} {numbers['ms']:9,.1f} ms {group:<11} {numbers['launches']:8,.0f} kernels{idle}")
     ratios = {}
     for name in found:
         for other in found:
