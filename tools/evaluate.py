@@ -123,7 +123,7 @@ def main() -> None:
     bundle.config, backend_setting = changed(bundle.config, args.set)
     device, dtype = find_device(args.device), DTYPES[args.dtype]
     widths = bundle.config.head_width, bundle.config.value_width
-    backend, _ = choose_backend(backend_setting, device.type, dtype, *widths, seq_len)
+    backend, _ = choose_backend(backend_setting, device.type, dtype, *widths)
     model = load_decoder(bundle, device, dtype, backend)
 
     source = SourceConfig(path=str(args.data))

@@ -11,8 +11,8 @@ r = h/g query heads in a group, d head width, e value width. Query head i reads 
            varlen   the kernel of flash-attn 2 in torch, for e = d <= 256
            flex     FlexAttention, compiled: any dtype and widths from 16, such as MLA's 192/128
            sdpa     torch's scaled dot product attention: anything, with a mask of b t^2 numbers for packed documents
-    CPU    sdpa     for rows above MAX_BLOCKED tokens when e = d; with e != d torch would keep even more than blocked
-           blocked  plain matrix products: any widths; keeps h t^2 / 2 probabilities a row for the backward pass
+    CPU    blocked  plain matrix products: any widths; keeps h t^2 / 2 probabilities of a row for the backward pass, or
+                    none of a row of more than MAX_KEPT tokens
 
 The order on CUDA is that of published speeds on an H100; tools/benchmarks/gpu.sh measures it.
 
@@ -52,8 +52,8 @@ Mixed = Float[Tensor, "b t h e"]
 
 BLOCK = 128
 """Queries in a block, in the blocked form and in FlexAttention. In a row of 512, 4 blocks compute 5/8 of the square."""
-MAX_BLOCKED = 4096
-"""Tokens in a row, above which `auto` prefers sdpa: blocked keeps all probabilities for the backward pass."""
+MAX_KEPT = 4096
+"""Tokens in a row, up to which the blocked form keeps its probabilities for the backward pass."""
 
 
 class _Kernel(NamedTuple):
@@ -161,9 +161,7 @@ def _trial(
     return None if all(x < 0.1 for x in errors) else "its results are wrong"
 
 
-def choose_backend(
-    setting: str, device: str, dtype: torch.dtype, d_head: int, d_value: int, seq_len: int
-) -> tuple[Backend, str]:
+def choose_backend(setting: str, device: str, dtype: torch.dtype, d_head: int, d_value: int) -> tuple[Backend, str]:
     """Return the backend for a type of device ("cuda", "cpu"), and the reason, which a run prints at its start.
 
     Raises:
@@ -184,11 +182,7 @@ def choose_backend(
                 return backend, why + _version(backend, dtype, d_head, d_value)
             obstacles.append(f"{backend} {obstacle}")
         return "sdpa", "; ".join(obstacles)
-    if d_head != d_value:
-        return "blocked", f"on CPU no other form takes values of width {d_value} beside keys of {d_head}"
-    if seq_len > MAX_BLOCKED:
-        return "sdpa", f"rows of {seq_len} tokens are too long for the blocked form's memory"
-    return "blocked", "the fastest form on CPU for packed documents"
+    return "blocked", "the fastest form on CPU"
 
 
 def _version(backend: str, dtype: torch.dtype, d_head: int, d_value: int) -> str:
@@ -416,42 +410,59 @@ class _Blocked(torch.autograd.Function):
     """The blocked form of q [bg, r, t, d], k [bg, t, d], v [bg, t, e].
 
     It has a backward pass of its own, since that of autograd would fill and add a whole k and v for each block, which
-    takes a fifth of the time.
+    takes a fifth of the time. Probabilities are kept for it in rows of up to MAX_KEPT tokens, and computed again in
+    longer ones, whose memory is linear in t.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
-        r, unused = q.shape[1], q.new_empty(1)
-        out, weights = q.new_empty(*q.shape[:3], v.shape[2]), []
-        for low, high, begin, bias in blocks:
-            keys = k[:, begin:high].transpose(1, 2)
-            scores = torch.baddbmm(unused, q[:, :, low:high].flatten(1, 2), keys, beta=0, alpha=scale)
-            if len(bias) > 1:
-                bias = bias.repeat_interleave(len(q) // len(bias), 0)
-            scores.unflatten(1, (r, -1))[..., -bias.shape[2] :] += bias[:, None]
-            weight = scores.softmax(-1)
-            out[:, :, low:high] = (weight @ v[:, begin:high]).unflatten(1, (r, -1))
-            if any(ctx.needs_input_grad):
-                weights.append(weight)
-        ctx.save_for_backward(q, k, v, *weights)
+        is_kept = any(ctx.needs_input_grad) and q.shape[2] <= MAX_KEPT
+        out, sizes = q.new_empty(*q.shape[:3], v.shape[2]), _sizes(q, blocks)
+        # one piece of memory, since fresh pages for each block cost as much as a product
+        weights = q.new_empty(sum(sizes) if is_kept else max(sizes))
+        parts = weights.split(sizes) if is_kept else [weights[:size] for size in sizes]
+        for (low, high, begin, bias), part in zip(blocks, parts):
+            weight = _probabilities(q[:, :, low:high], k[:, begin:high], bias, scale, part)
+            out[:, :, low:high] = (weight @ v[:, begin:high]).unflatten(1, (q.shape[1], -1))
+        ctx.save_for_backward(q, k, v, *([weights] if is_kept else []))
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *weights = ctx.saved_tensors
-        r, unused = q.shape[1], q.new_empty(1)
+        q, k, v, *kept = ctx.saved_tensors
+        r, unused, sizes = q.shape[1], q.new_empty(1), _sizes(q, ctx.blocks)
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (low, high, begin, _), weight in zip(ctx.blocks, weights):
+        room, again = q.new_empty(2, max(sizes))
+        parts = kept[0].split(sizes) if kept else [again[:size] for size in sizes]
+        for (low, high, begin, bias), size, part in zip(ctx.blocks, sizes, parts):
             queries, d_part = (x[:, :, low:high].flatten(1, 2) for x in (q, d_out))
+            weight = part.view(len(q), -1, high - begin)
+            if not kept:
+                _probabilities(q[:, :, low:high], k[:, begin:high], bias, ctx.scale, part)
             d_v[:, begin:high].baddbmm_(weight.transpose(1, 2), d_part)
-            d_weight = d_part @ v[:, begin:high].transpose(1, 2)
-            d_scores = torch._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+            d_scores = torch.bmm(d_part, v[:, begin:high].transpose(1, 2), out=room[:size].view_as(weight))
+            torch.ops.aten._softmax_backward_data(d_scores, weight, -1, weight.dtype, grad_input=d_scores)
             d_k[:, begin:high].baddbmm_(d_scores.transpose(1, 2), queries, alpha=ctx.scale)
             d_queries = torch.baddbmm(unused, d_scores, k[:, begin:high], beta=0, alpha=ctx.scale)
             d_q[:, :, low:high] = d_queries.unflatten(1, (r, -1))
         return d_q, d_k, d_v, None, None
+
+
+def _sizes(q: Tensor, blocks: Blocks) -> list[int]:
+    """Return the number of probabilities of each block."""
+    return [q.shape[0] * q.shape[1] * (high - low) * (high - begin) for low, high, begin, _ in blocks]
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, memory: Tensor) -> Tensor:
+    """Return the softmax [bg, r n, s] of a block: of queries [bg, r, n, d] over keys [bg, s, d], in `memory`."""
+    weight = memory.view(len(q), -1, k.shape[1])
+    torch.baddbmm(q.new_empty(1), q.flatten(1, 2), k.transpose(1, 2), beta=0, alpha=scale, out=weight)
+    if len(bias) > 1:
+        bias = bias.repeat_interleave(len(q) // len(bias), 0)
+    weight.unflatten(1, (q.shape[1], -1))[..., -bias.shape[2] :] += bias[:, None]
+    return torch.ops.aten._softmax(weight, -1, False, out=weight)
 
 
 def _flash(version: int, q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:

@@ -215,8 +215,8 @@ class Engine:
         self.guard = Guard(config.guard, config.engine.dtype)
         self.n_micro_batches = config.train.n_micro_batches(ranks.data_size)
         self.deepspeed_config = deepspeed_config(config, self.n_micro_batches)
-        model, seq_len = config.model, config.data.seq_len
-        where = self.device.type, self.dtype, model.head_width, model.value_width, seq_len
+        model = config.model
+        where = self.device.type, self.dtype, model.head_width, model.value_width
         backend, self.backend_reason = choose_backend(model.attention.backend, *where)
         partitioned = config.engine.zero_stage == 3
         build = deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config) if partitioned else self.device

@@ -278,8 +278,7 @@ def replay(
 def _model(dump: Dump, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, list[str]]:
     """Return the decoder with the masters in `dtype`, and a note on its attention when it is not the training's."""
     config, notes = dump.model, []
-    seq_len = next(dump.batches(0)).tokens.shape[1]
-    arguments = device.type, dtype, config.head_width, config.value_width, seq_len
+    arguments = device.type, dtype, config.head_width, config.value_width
     backend: Backend
     try:
         backend, _ = choose_backend(config.attention.backend, *arguments)

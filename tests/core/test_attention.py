@@ -14,9 +14,13 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from megakexue.config import UserError
+from megakexue.config import MlaConfig, ModelConfig, UserError
 from megakexue.core import attention
-from megakexue.core.attention import BLOCK, FLASH_ATTN, MAX_BLOCKED, Backend, Layout, attend, choose_backend
+from megakexue.core.attention import BLOCK, FLASH_ATTN, Backend, Layout, attend, choose_backend
+from megakexue.core.device import memory_gib
+from megakexue.core.resolve import resolve
+from tests.helpers import build
+from tests.ranks import run_on_ranks
 
 # said once by FlexAttention, which the tests run uncompiled on the CPU
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -379,7 +383,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 
 def choice(setting: str = "auto", dtype: torch.dtype = torch.bfloat16, d: int = 128, e: int = 128) -> tuple[str, str]:
-    return choose_backend(setting, "cuda", dtype, d, e, 4096)
+    return choose_backend(setting, "cuda", dtype, d, e)
 
 
 NO_FLASH = "flash needs flash-attn (3: not installed, 4: not installed, 2: not installed): pip install 'megakexue[gpu]'"
@@ -496,23 +500,61 @@ def test_what_no_flash_kernel_takes_goes_to_flex(machine: Machine) -> None:
 
 
 def test_order_on_cpu() -> None:
-    def choice(setting: str, d: int, e: int, seq_len: int) -> tuple[str, str]:
-        return choose_backend(setting, "cpu", torch.float32, d, e, seq_len)
+    def choice(setting: str) -> tuple[str, str]:
+        return choose_backend(setting, "cpu", torch.float32, 192, 128)
 
-    assert choice("auto", 64, 64, MAX_BLOCKED) == ("blocked", "the fastest form on CPU for packed documents")
-    backend, why = choice("auto", 64, 64, MAX_BLOCKED + 1)
-    assert backend == "sdpa" and why == "rows of 4097 tokens are too long for the blocked form's memory"
-    backend, why = choice("auto", 192, 128, MAX_BLOCKED + 1)
-    assert backend == "blocked" and why == "on CPU no other form takes values of width 128 beside keys of 192"
+    assert choice("auto") == ("blocked", "the fastest form on CPU")
     for backend in CPU_BACKENDS:
-        assert choice(backend, 192, 128, 8192) == (backend, "model.attention.backend")
+        assert choice(backend) == (backend, "model.attention.backend")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value_width", [8, 6])
+def test_probabilities_that_are_computed_again_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, value_width: int
+) -> None:
+    rows = documents([100, 60, 140], [300])
+
+    def results() -> list[Tensor]:
+        q, k, v = random_qkv(2, 300, 4, 2, 8, value_width, dtype)
+        out = attend_with("blocked", [q, k, v], rows, 0.7)
+        return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+    kept = results()
+    monkeypatch.setattr(attention, "MAX_KEPT", 0)
+    assert all(torch.equal(a, b) for a, b in zip(results(), kept))
+
+
+def peak_of_a_long_row(mla: bool, n: int) -> tuple[float, float]:
+    """Return the GiB that a process had at most, before and after both passes of a packed row of n tokens."""
+    kind: dict[str, Any] = dict(n_kv_heads=1)
+    if mla:
+        kind = dict(mla=MlaConfig(d_latent=32, d_nope=16, d_rope=16, d_value=24))
+    config = resolve(ModelConfig(vocab_size=512, d_model=64, n_layers=1, n_heads=2, d_ff=128, **kind), "tiger", n)
+    backend, _ = choose_backend("auto", "cpu", torch.bfloat16, config.head_width, config.value_width)
+    model = build(config, backend, torch.bfloat16)
+    model.set_recompute("block")
+    tokens = torch.randint(0, 512, (1, n))
+    positions, boundaries = documents([n * 5 // 8, 100, n * 3 // 8 - 100])
+    before = memory_gib(torch.device("cpu"))
+    model(tokens, positions, boundaries, tokens).objective.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    return before, memory_gib(torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_packed_row_of_32k_tokens_needs_little_memory() -> None:
+    for mla in (False, True):
+        ((before, after),) = run_on_ranks(1, peak_of_a_long_row, mla, 2**15)
+        # the mask alone would take 2 GiB
+        assert after < 4 and after - before < 1.9, (mla, before, after)
 
 
 def test_what_is_asked_for_must_run_here(machine: Machine) -> None:
     for backend in ("flash", "varlen", "flex"):
         message = f"model.attention.backend={backend} needs a CUDA device, not cpu; or use auto"
         with pytest.raises(UserError, match=message):
-            choose_backend(backend, "cpu", torch.bfloat16, 64, 64, 512)
+            choose_backend(backend, "cpu", torch.bfloat16, 64, 64)
         assert choice(backend)[0] == backend and choice(backend)[1].startswith("model.attention.backend")
     for backend in ("flash", "varlen"):
         with pytest.raises(
@@ -552,7 +594,7 @@ def assert_near_reference(
     """Compare results and gradients by their norms."""
     q, _, v = inputs
     try:
-        choose_backend(backend, "cuda", q.dtype, q.shape[3], v.shape[3], q.shape[1])
+        choose_backend(backend, "cuda", q.dtype, q.shape[3], v.shape[3])
     except UserError as error:
         # widths and dtypes that a kernel does not take, or a GPU or torch too old for it, are no failure; flash-attn is
         # optional

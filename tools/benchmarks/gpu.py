@@ -172,7 +172,7 @@ def rates(bench: Bench) -> None:
         with bench.reported(program="nvidia-smi"):
             facts["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[-1]
     for name, widths in (("gqa", (sizes.d_head, sizes.d_head)), ("mla", sizes.latent_widths)):
-        facts[f"auto_{name}"] = choose_backend("auto", device.type, torch.bfloat16, *widths, sizes.seq_len)
+        facts[f"auto_{name}"] = choose_backend("auto", device.type, torch.bfloat16, *widths)
     bench.emit(**facts)
     n, m, f, v = sizes.n_tokens, sizes.d_model, sizes.d_ff, sizes.vocab_size
     square = sizes.square
@@ -397,7 +397,7 @@ def block(bench: Bench) -> None:
         sizes.seq_len,
     )  # fmt: skip
     widths = sizes.d_head, sizes.d_head
-    backend, _ = choose_backend("auto", bench.device.type, torch.bfloat16, *widths, sizes.seq_len)
+    backend, _ = choose_backend("auto", bench.device.type, torch.bfloat16, *widths)
     model = Decoder(config, backend)
     with torch.no_grad():
         for name, parameter in model.blocks.named_parameters():
