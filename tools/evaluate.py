@@ -16,7 +16,7 @@ from megakexue.text.manifest import read_manifest
 if TYPE_CHECKING:
     from megakexue.bundle.evaluate import PositionLoss
 
-BATCH_TOKENS = 4096  # whose logits exist at a time; a longer row goes alone
+BATCH_TOKENS = 4096  # that go through the model at a time; a longer row goes alone
 
 EPILOG = """\
 DATA was prepared with the tokenizer of the bundle; its rows may be longer than those of the training, to see how the

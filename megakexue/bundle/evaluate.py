@@ -22,7 +22,7 @@ from megakexue.core.decoder import Decoder
 from megakexue.core.resolve import resolve
 
 CHUNK = 512
-"""Tokens whose logits become losses at a time, since log-softmax copies the logits."""
+"""Tokens whose logits exist at a time, in float32, and once more as log-softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def loss_by_position(
     """Sum the losses of all targets, for each interval of `edges` over the targets whose position is in it.
 
     Args:
-        batches: the logits of one batch exist at a time, in float32.
+        batches: of any number of rows. The logits of CHUNK tokens exist at a time.
         edges: increasing, from 0 to at least the row length.
         one_document: count only rows that one document (or a part of one) fills. Then all intervals are of the same
             rows. Otherwise late positions come from long documents alone, whose text may be easier or harder.
@@ -75,9 +75,9 @@ def loss_by_position(
         if not kept.any():
             continue
         tokens, positions, cu_seqlens = (x.to(device) for x in (batch.tokens, batch.positions, batch.cu_seqlens))
-        logits = model(tokens, positions, cu_seqlens, n_positions=t).flatten(0, 1)
-        chunks = zip(logits.split(CHUNK), targets.to(device).flatten().split(CHUNK))
-        parts = [functional.cross_entropy(z, y, ignore_index=IGNORED, reduction="none") for z, y in chunks]
+        hidden = model.hidden(tokens, positions, cu_seqlens, n_positions=t).flatten(0, 1)
+        chunks = zip(hidden.split(CHUNK), targets.to(device).flatten().split(CHUNK))
+        parts = [functional.cross_entropy(model.head(x), y, ignore_index=IGNORED, reduction="none") for x, y in chunks]
         losses = torch.cat(parts).view(b, t).cpu().double()[kept]
         interval = torch.bucketize(batch.positions[kept], torch.tensor(edges[1:]), right=True)
         loss_sums += torch.bincount(interval, weights=losses, minlength=len(loss_sums))

@@ -2,6 +2,10 @@
 
     p = softmax(logits / temperature), cut to the smallest set of the most probable tokens with mass >= top_p
 
+A draw is one uniform number u of the row's own generator: the first token, in the order of probability, at which the
+sum of p is above u times the mass of the set. So the whole batch is drawn at once, and what is not in the set need not
+be sorted.
+
 Prompts of different lengths are padded on the right. The cache keeps a token in the slot of its position, so the tokens
 that follow overwrite the padding before any query sees it (megakexue/core/decoder.py, Cache).
 
@@ -15,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+from torch.nn import functional
 
 from megakexue.bundle.bundle import Bundle
 from megakexue.config import require
@@ -27,6 +32,9 @@ from megakexue.text.tokenizer import Tokenizer
 
 PREFILL = 512
 """Prompt tokens that go through the model at once: a long prompt must not cost the square of its length in memory."""
+
+CANDIDATES = 512
+"""The most probable tokens that are looked at first, which takes a tenth of the time of sorting all tokens."""
 
 
 def load_decoder(
@@ -41,22 +49,59 @@ def load_decoder(
     return model.eval()
 
 
-def next_token(logits: Float[Tensor, " v"], *, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Choose a token: the best one at temperature 0, else a draw from the smallest set of mass `top_p`.
+def next_tokens(
+    logits: Float[Tensor, "n v"], *, temperature: float, top_p: float, generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Choose a token for each row: the best one at temperature 0, else a draw from the smallest set of mass `top_p`.
 
-    The draw is made on the CPU in float64, so that it depends on the logits and the generator alone.
+    The draw is made on the CPU in float64, so that it depends on the logits and the row's generator alone. The device
+    is waited for once.
+
+    Raises:
+        UserError: logits are not finite.
     """
+    if temperature != 0:
+        logits = logits.cpu()
+    is_finite = torch.stack(logits.aminmax()).isfinite().all()
+    if temperature == 0:
+        chosen = logits.argmax(-1)
+    else:
+        wide = logits.double()
+        probabilities = torch.softmax((wide - wide.amax(-1, keepdim=True)) / temperature, dim=-1)
+        uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+        chosen = _draw(probabilities, top_p, uniform, CANDIDATES)
+    *tokens, all_finite = torch.cat([chosen, is_finite[None]]).tolist()
     require(
-        bool(logits.isfinite().all()),
+        bool(all_finite),
         "the model's logits are not finite: generate in fp32, and if that is what this is, from other weights",
     )
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits.double().cpu()
-    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
-    ordered, index = probabilities.sort(descending=True, stable=True)
-    ordered = ordered.where(ordered.cumsum(0) - ordered < top_p, 0)  # the first token is always kept
-    return int(index[torch.multinomial(ordered, 1, generator=generator)])
+    return tokens
+
+
+def _draw(
+    probabilities: Float64[Tensor, "n v"], top_p: float, uniform: Float64[Tensor, " n"], n_candidates: int
+) -> Int64[Tensor, " n"]:
+    """Return the tokens at which `uniform` falls. The number of candidates changes nothing but the time."""
+    is_partial = n_candidates < probabilities.shape[1]
+    if is_partial:
+        # in the order of ids, so that the stable sort puts equal ones in the order that it gives to all tokens
+        index = probabilities.topk(n_candidates, sorted=False).indices.sort().values
+        ordered, order = probabilities.gather(1, index).sort(descending=True, stable=True)
+        order = index.gather(1, order)
+    else:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+    total = ordered.cumsum(-1)
+    before = functional.pad(total[:, :-1], (1, 0))
+    last = (before < top_p).sum(-1, keepdim=True) - 1  # the first token is always in the set
+    # below `last` at the latest: u is at most 1 - 2^-53, with which a product is rounded to less than the mass
+    place = (total <= uniform[:, None] * total.gather(1, last)).sum(-1, keepdim=True)
+    chosen = order.gather(1, place)[:, 0]
+    if is_partial:
+        # the set may go on where its last token is as probable as the least candidate
+        is_open = (ordered.gather(1, last) <= ordered[:, -1:])[:, 0]
+        if is_open.any():
+            chosen[is_open] = _draw(probabilities[is_open], top_p, uniform[is_open], probabilities.shape[1])
+    return chosen
 
 
 @torch.no_grad()
@@ -93,26 +138,28 @@ def generate(
         hidden = model.hidden(rows[:, low:high], positions, caches=caches, n_positions=high)
         ends_here = (low < lengths) & (lengths <= high)
         last[ends_here] = hidden[ends_here, lengths[ends_here] - 1 - low]
-    ended = [False] * len(prompts)
+    running = list(range(len(prompts)))
     for step in range(n_tokens):
-        logits = model.head(last)
-        chosen: list[int | None] = []
-        for i, generator in enumerate(generators):
-            token = None
-            if not ended[i]:
-                token = next_token(logits[i, :vocab_size], temperature=temperature, top_p=top_p, generator=generator)
-                if token == stop_id:
-                    token, ended[i] = None, True
-            chosen.append(token)
-        if all(ended):
+        logits = model.head(last)[:, :vocab_size]
+        if len(running) < len(prompts):
+            logits = logits[running]
+        own = [generators[i] for i in running]
+        tokens = next_tokens(logits, temperature=temperature, top_p=top_p, generators=own)
+        chosen: list[int | None] = [None] * len(prompts)
+        for i, token in zip(list(running), tokens, strict=True):
+            if token == stop_id:
+                running.remove(i)
+            else:
+                chosen[i] = token
+        if not running:
             return
         yield chosen
         if step == n_tokens - 1:
             return
         # a row that has ended is computed too, and its result is not used
-        tokens = torch.tensor([[p[0] if token is None else token] for p, token in zip(prompts, chosen)], device=device)
+        fed = torch.tensor([[p[0] if token is None else token] for p, token in zip(prompts, chosen)], device=device)
         positions = (lengths + step)[:, None]
-        last = model.hidden(tokens, positions, caches=caches, n_positions=longest + step + 1)[:, 0]
+        last = model.hidden(fed, positions, caches=caches, n_positions=longest + step + 1)[:, 0]
 
 
 def complete(

@@ -18,7 +18,8 @@ The order on CUDA is that of published speeds on an H100; tools/benchmarks/gpu.s
 
 `reference` is the formula in float32, for tests. When each row is one document (no boundaries), flash-attn 2, varlen
 and flex give way to sdpa, whose kernels are causal by themselves: cuDNN's on Hopper is about twice as fast as those of
-flash-attn 2. Cached decoding is sdpa with a mask for every backend but reference.
+flash-attn 2. Cached decoding is sdpa with a mask for every backend but reference, except that the first tokens
+of a cache are like rows of one document.
 
 What must stay true: the backends agree to rounding, with scores and the sums of the softmax in float32 or better
 (blocked rounds the scores to the dtype of its inputs). A key that a query may not see has a weight of exactly zero.
@@ -376,17 +377,18 @@ def _sdpa_cached(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     """Call torch's kernel on [b, heads, tokens, width]; without a mask, it is causal."""
+    options |= {"attn_mask": mask, "is_causal": mask is None}
+    if q.device.type == "cpu":  # torch's own order is right, and to state one takes as long as a token's attention
+        return functional.scaled_dot_product_attention(q, k, v, **options)
     # cuDNN's backward gives NaN with a mask on some lengths (pytorch 196678), so a mask never reaches it
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if mask is None:
         fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         # torch's own order: cuDNN is the faster one from Hopper on
-        is_old = q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0)
+        is_old = torch.cuda.get_device_capability(q.device) < (9, 0)
         backends = [*(reversed(fast) if is_old else fast), *backends]
-    elif q.device.type == "cpu":
-        backends = [SDPBackend.FLASH_ATTENTION, *backends]
     with sdpa_kernel(backends, set_priority=True):
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+        return functional.scaled_dot_product_attention(q, k, v, **options)
 
 
 def _blocked(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:

@@ -244,8 +244,7 @@ class Block(nn.Module):
         return self._forward(x, rotary, layout, cache)
 
     def _forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
-        if self._compiled:
-            assert cache is None, "decoding is not compiled"
+        if self._compiled and cache is None:  # decoding is eager: each length would be another graph
             before, after = self._compiled
             q, k, v = before(x, rotary)
             return after(x, attend(q, k, v, layout, scale=self.attention.scale))
@@ -353,7 +352,8 @@ class Decoder(nn.Module):
         """Return what the head multiplies; arguments as in `forward`."""
         n_positions = n_positions or tokens.shape[1]
         rotary, x = self.rotary(positions, n_positions), self.embedding(tokens)
-        config, n_keys = self.config, n_positions if caches else None
+        # the first tokens in a cache are a row of one document, for which the kernels need no mask
+        config, n_keys = self.config, n_positions if caches and n_positions > tokens.shape[1] else None
         is_absorbed = bool(n_keys and config.mla and is_absorbed_cheaper(config.mla, tokens.shape[1], n_keys))
         layout = Layout(
             positions, cu_seqlens, backend=self.backend, dtype=x.dtype, n_keys=n_keys, is_absorbed=is_absorbed,

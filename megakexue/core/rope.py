@@ -187,7 +187,7 @@ def rotate(
 
     In float32, or float64 for x in float64, rounded once at the end. `cos_sin` has its own factor folded in.
     """
-    cos, sin = cos_sin[:, :, None, 0], cos_sin[:, :, None, 1]
+    cos, sin = cos_sin[:, :, None].unbind(3)
     n_rest = x.shape[-1] - 2 * cos.shape[-1]
     wide = x if x.dtype == torch.float64 else x.float()
     first, second = wide[..., n_rest:].chunk(2, dim=-1)

@@ -10,12 +10,16 @@ import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megakexue.bundle.bundle import Bundle, write_bundle
-from megakexue.bundle.evaluate import PositionLoss, changed, loss_by_position, position_edges
+from megakexue.bundle.evaluate import CHUNK, PositionLoss, changed, loss_by_position, position_edges
 from megakexue.bundle.generate import load_decoder
 from megakexue.config import IGNORED, AttentionConfig, DataConfig, ModelConfig, RopeConfig, SourceConfig, UserError
 from megakexue.core.axes import parameter_names
@@ -111,6 +115,25 @@ def test_neither_the_batches_nor_the_edges_change_the_sum(prepared: Prepared, mo
         assert sum(part.n_tokens for part in parts) == n_targets
         sums.append(sum(part.loss_sum for part in parts))
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor had that was made."""
+
+    n_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.n_elements = max([self.n_elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+def test_only_the_logits_of_a_chunk_exist_at_a_time(prepared: Prepared, model: Decoder) -> None:
+    (batch,) = read(prepared, micro_batch_size=20, n_rows=20)
+    assert batch.tokens.numel() > 2 * CHUNK
+    with Largest() as largest:
+        loss_by_position(model, [batch], [0, 64])
+    assert largest.n_elements == CHUNK * model.config.vocab_size
 
 
 @pytest.mark.parametrize(

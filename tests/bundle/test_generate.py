@@ -8,10 +8,13 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,15 +22,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megakexue.bundle.bundle import Bundle, write_bundle
-from megakexue.bundle.generate import PREFILL, complete, generate, load_decoder, next_token
+from megakexue.bundle.evaluate import loss_by_position
+from megakexue.bundle.generate import CANDIDATES, PREFILL, complete, generate, load_decoder, next_tokens
 from megakexue.config import MlaConfig, ModelConfig, ResolvedModel, RopeConfig, UserError
 from megakexue.core.axes import parameter_names, shape
+from megakexue.core.batch import make_batch
 from megakexue.core.decoder import Cache, Decoder, initial_weight
 from megakexue.core.resolve import resolve
 from megakexue.text.tokenizer import Tokenizer
 from tests.conftest import Prepared
 from tests.helpers import ROOT
 from tests.programs import run_without_torch
+from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 N_PIECES, VOCAB_SIZE = 512, 528
@@ -127,6 +133,35 @@ def test_a_row_in_a_batch_is_the_row_alone(changes: dict[str, Any]) -> None:
     assert ended[2][10] is None
 
 
+def use_compiled() -> list[tuple[list[list[int | None]], list[float], int]]:
+    """Of an eager and a compiled model: what it generates, its losses on rows of two shapes, and the graphs made.
+
+    Graphs are run as they are: the machine code of a shape would take ten seconds.
+    """
+    config, rng, done = make_config(), np.random.default_rng(0), []
+    rows = [rng.integers(4, N_PIECES, (n_rows, 21)) for n_rows in (3, 2)]
+    for is_compiled in (False, True):
+        model = Decoder(config, "blocked")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(initial_weight(name, config, seed=3) * (8 if name == "head.weight" else 1))
+        if is_compiled:
+            with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+                model.compile_parts()
+        batches = [make_batch(some, [], bos_id=1, pad_id=3) for some in rows]
+        losses = [loss_by_position(model, [batch], [0, 20])[0].loss_sum for batch in batches * 2]
+        texts = list(generate(model, [[1, 7, 9], [1]], n_tokens=12, stop_id=NEVER, seed=1))
+        done.append((texts, losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    return done
+
+
+def test_a_compiled_model_generates_and_is_evaluated() -> None:
+    (((texts, losses, _), (own_texts, own_losses, n_graphs)),) = run_on_ranks(1, use_compiled)
+    assert own_texts == texts and len(texts) == 12
+    assert own_losses == pytest.approx(losses, rel=1e-6)
+    assert n_graphs == 4  # two a shape; none for the cache, which grows with each token
+
+
 def test_ids_that_the_tokenizer_lacks_are_never_chosen(model: Decoder, tokenizer: Tokenizer) -> None:
     prompt = [tokenizer.bos_id, *tokenizer.encode("class A:")]
     options: dict[str, Any] = {"n_tokens": 20, "stop_id": NEVER}
@@ -175,10 +210,10 @@ def test_draws_follow_the_softmax_of_the_most_probable(temperature: float, top_p
     for i in sorted(probabilities, key=lambda i: -probabilities[i]):
         if sum(kept.values()) < top_p:
             kept[i] = probabilities[i]
-    generator = torch.Generator().manual_seed(0)
-    draws = [
-        next_token(torch.tensor(LOGITS), temperature=temperature, top_p=top_p, generator=generator) for _ in range(2000)
-    ]
+    generators, logits = [torch.Generator().manual_seed(i) for i in range(50)], torch.tensor(LOGITS).expand(50, -1)
+    draws: list[int] = []
+    for _ in range(40):
+        draws += next_tokens(logits, temperature=temperature, top_p=top_p, generators=generators)
     assert set(draws) <= kept.keys()
     # 20.5 is exceeded once in a thousand times with the 5 degrees of freedom of the widest set
     assert chi_square([draws.count(i) for i in kept], [p / sum(kept.values()) for p in kept.values()]) < 20.5
@@ -211,8 +246,8 @@ def test_first_tokens_of_many_seeds_follow_the_softmax() -> None:
 def test_a_token_is_always_among_the_most_probable(
     logits: list[float], temperature: float, top_p: float, seed: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    token = next_token(torch.tensor(logits), temperature=temperature, top_p=top_p, generator=generator)
+    generators = [torch.Generator().manual_seed(seed)]
+    (token,) = next_tokens(torch.tensor([logits]), temperature=temperature, top_p=top_p, generators=generators)
     if temperature == 0:
         assert logits[token] == max(logits)
     else:
@@ -220,6 +255,34 @@ def test_a_token_is_always_among_the_most_probable(
         # a part in 1e9: two ways to compute a power may differ in the last bit
         before = sum(power for power in powers if power > powers[token] * (1 + 1e-9)) / sum(powers)
         assert before < top_p + 1e-9 and powers[token] > 0
+
+
+@given(st.integers(0, 2**62), st.sampled_from([0.05, 1.0, 30.0, 1e4]), st.sampled_from([0.3, 0.95, 1.0]))
+@settings(deadline=None, max_examples=40)
+def test_a_row_is_drawn_as_alone_and_candidates_only_save_time(seed: int, temperature: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n_tokens = CANDIDATES + 200
+    wide = torch.randn(6, n_tokens, generator=generator) * 20
+    wide[1] = 0.0  # all equal
+    wide[2] = wide[2].round()  # many equal
+    wide[3, CANDIDATES - 5 :] = wide[3].min()  # equal where the candidates end
+    wide[4] /= 100
+    seeds = range(6)
+
+    def drawn(rows: Tensor, of: Iterable[int]) -> list[int]:
+        generators = [torch.Generator().manual_seed(i) for i in of]
+        return next_tokens(rows, temperature=temperature, top_p=top_p, generators=generators)
+
+    together = drawn(wide, seeds)
+    assert together == [drawn(wide[[i]], [i])[0] for i in seeds]
+    # against the definition, with all tokens sorted
+    for row, i, token in zip(wide.double(), seeds, together):
+        p = ((row - row.max()) / temperature).softmax(-1)
+        order = (-p).argsort(stable=True)
+        sums = list(itertools.accumulate(p[order].tolist()))
+        mass = next((total for total in sums if total >= top_p), sums[-1])
+        u = torch.rand(1, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).item()
+        assert token == order[next(n for n, total in enumerate(sums) if total > u * mass)]
 
 
 def test_the_end_of_the_document_ends_the_text(bundle: Bundle, tokenizer: Tokenizer) -> None:
