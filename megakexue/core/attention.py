@@ -385,7 +385,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any)
     if mask is None:
         fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         # torch's own order: cuDNN is the faster one from Hopper on
-        is_old = torch.cuda.get_device_capability(q.device) < (9, 0)
+        is_old = q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0)
         backends = [*(reversed(fast) if is_old else fast), *backends]
     with sdpa_kernel(backends, set_priority=True):
         return functional.scaled_dot_product_attention(q, k, v, **options)
