@@ -1,14 +1,13 @@
 """The rules of Tiger, Lion and AdamW, and the kernels that run them in one pass over memory.
 
-A rule is a pure function of tensors of one shape. Its kernel works in place on [rows, elements], with a rate for each
-row. The scalars are tensors, so that no step waits for the device.
+A rule is a pure function of tensors of one shape. Its kernel works in place on [units, width], with a rate for each
+unit. The scalars are tensors, so that no step waits for the device.
 
 What must stay true: each operation rounds once and by itself (no fused multiply-add on CPU), so that the places where
 ZeRO cuts a tensor change no bit. This holds for the kernels too, however they are compiled or cut into chunks.
 """
 
 from collections.abc import Callable
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -48,17 +47,17 @@ def lion_update(
 
 
 def squares(x: Tensor) -> Tensor:
-    """Return the sum of squares of each row, float64."""
+    """Return the sum of squares of each unit, float64."""
     return x.double().square().sum(-1)
 
 
-# --- the rules in place; those that move theta by Tiger return squares(theta) ----------------------------------------
+# --- the rules in place: weights are theta in another dtype; what moves theta by Tiger returns squares(theta) --------
 
 
-def _tiger(theta: Tensor, momentum: Tensor, gradient: Tensor, *scalars: Tensor) -> Tensor:
+def _tiger(theta: Tensor, weights: Tensor | None, momentum: Tensor, gradient: Tensor, *scalars: Tensor) -> Tensor:
     new, m = tiger_update(theta, momentum, gradient, *scalars)
     momentum.copy_(m)
-    theta.copy_(new)
+    _put(new, theta, weights)
     return squares(new)
 
 
@@ -67,50 +66,37 @@ def _tiger_absorb(momentum: Tensor, gradient: Tensor, ok: Tensor, beta: Tensor, 
     momentum.copy_(torch.where(ok, absorb(momentum, gradient, beta, scale), momentum.to(beta.dtype)))
 
 
-def _tiger_apply(theta: Tensor, momentum: Tensor, lr: Tensor, decay: Tensor) -> Tensor:
+def _tiger_apply(theta: Tensor, weights: Tensor | None, momentum: Tensor, lr: Tensor, decay: Tensor) -> Tensor:
     new = sign_step(theta, momentum.to(theta.dtype), lr, decay)
-    theta.copy_(new)
+    _put(new, theta, weights)
     return squares(new)
 
 
-def _lion(theta: Tensor, momentum: Tensor, gradient: Tensor, *scalars: Tensor) -> None:
+def _lion(theta: Tensor, weights: Tensor | None, momentum: Tensor, gradient: Tensor, *scalars: Tensor) -> None:
     new, m = lion_update(theta, momentum, gradient, *scalars)
     momentum.copy_(m)
+    _put(new, theta, weights)
+
+
+def _put(new: Tensor, theta: Tensor, weights: Tensor | None) -> None:
     theta.copy_(new)
+    if weights is not None:
+        weights.copy_(new)
 
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
 CHUNK = 2**16
 """Elements that fit the cache of a CPU core through all operations of a rule."""
+PIECE = 2**26
+"""Elements that a compiled kernel takes at a time: enough that no launch counts, while what it leaves is small."""
 COMPILE_FROM = 2**24
 """On CPU, compile for this many elements a rank or more: fewer do not pay for the compiler's start, which takes
 seconds, and half a minute the first time."""
 
 
-def _in_chunks(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """Return `function` over chunks that fit the cache: chunks of a single row, otherwise of whole rows.
-
-    Arguments that have as many rows (or columns, of a single row) as the first are cut with it.
-    """
-
-    def run(*arguments: Tensor) -> Tensor | None:
-        rows, width = arguments[0].shape
-        if rows * width <= CHUNK:
-            return function(*arguments)
-        axis, size = (1, CHUNK) if rows == 1 else (0, max(1, CHUNK // width))
-        n = arguments[0].shape[axis]
-        chunks = [x.split(size, axis) if x.dim() == 2 and x.shape[axis] == n else repeat(x) for x in arguments]
-        results = [function(*chunk) for chunk in zip(*chunks)]
-        if results[0] is None:
-            return None
-        return torch.cat(results) if axis == 0 else torch.stack(results).sum(0)  # type: ignore[arg-type]
-
-    return run
-
-
-def kernels(device: torch.device, n_elements: int) -> tuple[dict[str, Callable[..., Any]], str]:
-    """Return the kernels for this device by name, and a sentence that says how they run and why.
+def kernels(device: torch.device, n_elements: int) -> tuple[dict[str, Callable[..., Any]], int, str]:
+    """Return the kernels for this device by name, how many elements to give them at a time, and how they run and why.
 
     Args:
         n_elements: of all masters of this rank.
@@ -122,38 +108,63 @@ def kernels(device: torch.device, n_elements: int) -> tuple[dict[str, Callable[.
         reason = f"compiled: one pass over the state, for {n_elements:,} elements a rank"
     else:
         fewer = f"fewer than {COMPILE_FROM:,} elements a rank" if n_elements < COMPILE_FROM else "no C++ compiler found"
-        return {name: _in_chunks(f) for name, f in rules.items()}, f"in chunks of {CHUNK:,}: {fewer}"
+        return dict(rules), CHUNK, f"in chunks of {CHUNK:,}: {fewer}"
 
     def by_size(rule: Callable[..., Any]) -> Callable[..., Any]:
         compiled = torch.compile(rule, dynamic=True)
         # the compiler lays a kernel out for the first size that it gets, so it must get no gain and no piece of a row
         return lambda *arguments: (compiled if arguments[0].numel() >= CHUNK else rule)(*arguments)
 
-    return {name: by_size(f) for name, f in rules.items()}, reason
+    compiled = {name: by_size(f) for name, f in rules.items()}
+    if device.type == "cpu":
+        compiled |= {name: _cast_after(compiled[name]) for name in ("_tiger", "_tiger_apply", "_lion")}
+    return compiled, PIECE, reason
+
+
+def _cast_after(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Write the weights by an operation of its own, since two writes beside a sum become two loops in C++."""
+
+    def run(theta: Tensor, weights: Tensor | None, *arguments: Tensor) -> Tensor | None:
+        result = kernel(theta, None, *arguments)
+        if weights is not None:
+            weights.copy_(theta)
+        return result
+
+    return run
 
 
 # --- AdamW's kernel --------------------------------------------------------------------------------------------------
 
 LANES = 16
 """fp32 elements in the widest vector register of a CPU."""
-PIECE = {"cpu": 2**20, "cuda": 2**26}
+HALF_PIECE = {"cpu": 2**20, "cuda": 2**26}
 """Elements of a half-precision gradient that are made fp32 at a time. CPU: they fit the cache; CUDA: few launches."""
 
 
 def adamw_step(
-    theta: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, n_updates: int, factor: Tensor, **numbers: Any
-) -> None:
-    """Move theta and its state in place by AdamW. An fp32 gradient is overwritten.
+    theta: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, undecayed: Tensor, n_updates: int,
+    factor: Tensor, *, weight_decay: float, **numbers: float,
+) -> None:  # fmt: skip
+    """Move a flat theta and its state in place by AdamW. An fp32 gradient is overwritten.
+
+    torch's kernel has one weight decay. The few elements without any are moved once more, from a copy: so there are two
+    calls, however many tensors lie here, and each element has the bits of a call for its tensor alone.
 
     Args:
+        undecayed: places of the elements without weight decay.
         n_updates: with this one, for the bias correction.
         factor: what multiplies the gradient.
-        numbers: lr, beta1, beta2, eps and weight_decay.
+        numbers: lr, beta1, beta2 and eps.
     """
-    size = theta.numel() if gradient.dtype == theta.dtype else PIECE[theta.device.type]
-    flats = [x.reshape(-1).split(size) for x in (theta, gradient, exp_avg, exp_avg_sq)]
-    for w, g, m, v in zip(*flats):
-        _fused_adamw([w, g.to(w.dtype), m, v], n_updates, factor, numbers)
+    moved = theta, exp_avg, exp_avg_sq
+    few = [x[undecayed] for x in (theta, gradient, exp_avg, exp_avg_sq)] if len(undecayed) else []
+    size = theta.numel() if gradient.dtype == theta.dtype else HALF_PIECE[theta.device.type]
+    for tensors, decay in (((theta, gradient, exp_avg, exp_avg_sq), weight_decay), (few, 0.0)):
+        for w, g, m, v in zip(*(x.split(size) for x in tensors)):
+            _fused_adamw([w, g.to(w.dtype), m, v], n_updates, factor, numbers | {"weight_decay": decay})
+    if few:
+        for x, new in zip(moved, (few[0], few[2], few[3])):
+            x[undecayed] = new
 
 
 def _fused_adamw(tensors: list[Tensor], n_updates: int, factor: Tensor, numbers: dict[str, Any]) -> None:

@@ -39,6 +39,11 @@ class Segment:
             return None
         return self.start // self.shape[-1]
 
+    @property
+    def row_numel(self) -> int:
+        """Elements of each row of an embedding, else of this piece of one or of this tensor. To ask as `cut_row`."""
+        return self.shape[-1] if self.role == "embedding" and self.cut_row is None else self.numel
+
     def of(self, flat: Tensor) -> Tensor:
         """The view of this segment in its flat tensor."""
         return flat.detach().view(-1)[self.offset : self.offset + self.numel]
@@ -62,6 +67,22 @@ class Segment:
             for start, stop in pairwise(places)
             if start < stop
         ]
+
+
+def parts_with_padding(segments: list[Segment]) -> list[Segment]:
+    """Return the parts, as by `split_at_rows`, of segments of one flat tensor in its order.
+
+    What lies between them in the flat tensor is a part too, of a parameter without a name in the role `padding`.
+    """
+    parts: list[Segment] = []
+    end = segments[0].offset
+    for segment in segments:
+        if n := segment.offset - end:
+            between = Segment.whole("", "padding", (n,))
+            parts.append(replace(between, flat=segment.flat, offset=end))
+        parts += segment.split_at_rows()
+        end = segment.offset + segment.numel
+    return parts
 
 
 def cut_rows(segments: list[Segment]) -> list[tuple[str, int]]:

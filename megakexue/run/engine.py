@@ -86,7 +86,8 @@ class _Gradient:
     """What the micro-batches of a step come to, the same on all ranks but for the pieces, on the device."""
 
     pieces: list[Tensor]
-    """The reduced gradient of each segment of this rank; with `accumulate: momentum`, of the last micro-batch."""
+    """The reduced gradient, flat, as the masters of this rank lie; with `accumulate: momentum`, of the last
+    micro-batch."""
     sums: Sums
     """Of the squares of these pieces."""
     weights: Sums
@@ -223,7 +224,8 @@ class Engine:
         with build, torch.device(self.device) if partitioned else nullcontext():
             module = Decoder(model, backend)
         parameters = dict(module.named_parameters())
-        self._own_gradients = OwnGradients(parameters.values())
+        # what one rank adds up is its own
+        self._own_gradients = OwnGradients(parameters.values()) if ranks.world_size > 1 else None
         self.is_compiled, self.compile_reason = choose_compile(config, self.device, ranks.world_size)
         module.set_recompute(config.engine.recompute)
         if self.is_compiled:  # before DeepSpeed, which wraps what it finds
@@ -243,14 +245,14 @@ class Engine:
             role, size = axes(name).role, shape(name, model)
             return Segment(name=name, role=role, shape=size, start=start, stop=stop, flat=flat, offset=offset)
 
-        inner = self._engine.optimizer
-        self._layout = STAGES[config.engine.zero_stage](inner, make, parameters, ranks.rank)
-        inner.step = self._layout.clear
-        self.segments = self._layout.segments
-        masters = [segment.of(self._layout.flats[segment.flat]) for segment in self.segments]
+        layout = self._layout = STAGES[config.engine.zero_stage](self._engine, make, parameters, ranks)
+        self._engine.optimizer.step = layout.clear
+        self.segments = layout.segments
         of_ranks = dist.gather({str(ranks.rank): cut_rows(self.segments)})
         cut = sorted({row for rows in of_ranks.values() for row in rows})
-        self.optimizer = Optimizer(config.optim, self.segments, masters, parameter_names(model), cut, self.device)
+        tensors = self.segments, layout.flats
+        self.optimizer = Optimizer(config.optim, *tensors, parameter_names(model), cut, layout.shares)
+        self._copies = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._emo_rows: Tensor | None = None
         self._readers: list[Callable[[], None]] = []
 
@@ -294,7 +296,10 @@ class Engine:
                         assert value.numel() == part.numel, f"{kind} of {part} was given {value.numel()} elements"
                         target.copy_(value.reshape(-1))
         self.optimizer.masters_changed()
-        self._layout.refresh()
+        for master, share in zip(self._layout.flats, self._layout.shares):
+            if share is not None:
+                share.copy_(master)
+        self._layout.gather()
         self.check_weights()
 
     def load_new(self, seed: int) -> None:
@@ -335,7 +340,8 @@ class Engine:
         """
         assert len(batches) == self.n_micro_batches
         self._engine.train()
-        self._own_gradients.begin_step()
+        if self._own_gradients:
+            self._own_gradients.begin_step()
         counts = torch.tensor(sum(batch.n_targets for batch in batches), dtype=torch.float64, device=self.device)
         # stays on the device, so that the forward pass need not wait for the number
         n_targets = dist.sum_over_ranks(counts).clamp(min=1)
@@ -359,15 +365,19 @@ class Engine:
         to_shrink = [name for name, flag in zip(names, is_bad) if flag]
         result = self._update(result, gradient, lr, to_shrink, statistics=statistics)
         if not result.is_finite:
-            by_loss, by_gradient = self._bad_ranks(gradient.own_loss)
+            by_loss, by_gradient = self._bad_ranks(gradient.own_loss, math.isfinite(grad_norm))
             # the squares say it, for what may not be used depends on the policy
             tensors = [name for name, square in zip(names, squares) if not math.isfinite(square)]
             result = replace(result, bad_tensors=tensors, bad_loss_ranks=by_loss, bad_gradient_ranks=by_gradient)
         return result
 
-    def _bad_ranks(self, own_loss: Tensor) -> tuple[list[int], list[int]]:
-        """Return the ranks whose own loss is not finite, and those with a finite one whose own gradient is not."""
-        is_bad = not own_loss.isfinite(), not self._own_gradients.are_finite()
+    def _bad_ranks(self, own_loss: Tensor, is_finite: bool) -> tuple[list[int], list[int]]:
+        """Return the ranks whose own loss is not finite, and those with a finite one whose own gradient is not.
+
+        Args:
+            is_finite: whether the gradient of all ranks is.
+        """
+        is_bad = not own_loss.isfinite(), not (self._own_gradients.are_finite() if self._own_gradients else is_finite)
         of_ranks = {int(rank): bad for rank, bad in dist.gather({str(self.ranks.rank): is_bad}).items()}
         by_loss = [rank for rank, (loss, _) in of_ranks.items() if loss]
         return by_loss, [rank for rank, (loss, gradient) in of_ranks.items() if gradient and not loss]
@@ -439,7 +449,7 @@ class Engine:
         gradient.pieces.clear()
         self._engine.step()
         if is_taken:
-            self._layout.refresh()
+            self._layout.gather()
         return result if sums is None else self._with_statistics(result, sums)
 
     def _backward(self, batch: Batch, scale: Tensor) -> Tensor:
@@ -506,9 +516,18 @@ class Engine:
         loss_sum, n_tokens = dist.sum_over_ranks(total).tolist()
         return loss_sum / max(1, n_tokens), int(n_tokens)
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        def put(x: Tensor) -> Tensor:
-            return x.to(self.device, non_blocking=True)
-
-        boundaries = None if batch.boundaries is None else put(batch.boundaries)
-        return put(batch.tokens), put(batch.positions), boundaries, put(batch.targets)
+    def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
+        """Tokens, positions, boundaries and targets on the device."""
+        host = batch.tokens, batch.positions, batch.boundaries, batch.targets
+        if self._copies is None:
+            return host
+        # the host is a micro-batch ahead of the GPU: on a stream of their own the copies need not wait for its kernels,
+        # and from pinned memory the host need not wait for them
+        with torch.cuda.stream(self._copies):
+            inputs = tuple(x if x is None else x.pin_memory().to(self.device, non_blocking=True) for x in host)
+        kernels = torch.cuda.current_stream()
+        kernels.wait_stream(self._copies)
+        for x in inputs:
+            if x is not None:
+                x.record_stream(kernels)
+        return inputs

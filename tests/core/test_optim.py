@@ -3,7 +3,9 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakexue.config import OptimConfig, ResolvedOptim
+from megakexue.core import optim, rules
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums, _statistics, state_dtypes
 from megakexue.core.resolve import resolve_optim
+from megakexue.core.rules import tiger_update
 from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
 
@@ -31,7 +36,9 @@ def make_config(name: Any = "tiger", **settings: Any) -> ResolvedOptim:
 class Model:
     """Whole tensors, concatenated and cut at `cuts` into the slices of ranks, as under ZeRO 1 and 2."""
 
-    def __init__(self, config: ResolvedOptim, weights: Tensors, cuts: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, config: ResolvedOptim, weights: Tensors, cuts: tuple[int, ...] = (), dtype: torch.dtype | None = None
+    ) -> None:
         self.config, self.shapes = config, {name: tuple(w.shape) for name, w in weights.items()}
         ranks: list[list[Segment]] = []
         for low, high in itertools.pairwise([0, *cuts, sum(w.numel() for w in weights.values())]):
@@ -48,13 +55,17 @@ class Model:
                 at += w.numel()
             ranks.append(segments)
         cut = sorted({row for segments in ranks for row in cut_rows(segments)})
-        self.ranks = [
-            Optimizer(config, segments, [view.clone() for view in self.cut(segments, weights)], list(weights), cut)
-            for segments in ranks
-        ]
+        self.ranks = []
+        for segments in ranks:
+            flats = self.cut(segments, weights)
+            # with a dtype, there are weights beside the masters
+            cast = [None if dtype is None else torch.zeros_like(flat, dtype=dtype) for flat in flats]
+            self.ranks.append(Optimizer(config, segments, flats, list(weights), cut, cast))
 
     def cut(self, segments: list[Segment], tensors: Tensors) -> list[Tensor]:
-        return [tensors[s.name].view(-1)[s.start : s.stop] for s in segments]
+        """The flat tensor of a rank."""
+        pieces = [tensors[s.name].view(-1)[s.start : s.stop] for s in segments]
+        return [torch.cat([torch.empty(0, dtype=next(iter(tensors.values())).dtype), *pieces])]
 
     def add_up(self, sums: list[Sums]) -> list[Sums]:
         """Over ranks, as the engine's all-reduce does."""
@@ -89,8 +100,8 @@ class Model:
         rate = lr if lr is not None else self.config.lr
         found = []
         for o, s, w in zip(self.ranks, sums, weights):
-            pieces = [piece.clone() for piece in self.cut(o.segments, gradients)]  # AdamW overwrites them
-            found.append(o.step(pieces, w, s, lr=rate, factor=scale, shrink=shrink, statistics=statistics))
+            flats = self.cut(o.segments, gradients)
+            found.append(o.step(flats, w, s, lr=rate, factor=scale, shrink=shrink, statistics=statistics))
         return found
 
     def whole(self, kind: str) -> Tensors:
@@ -466,7 +477,7 @@ def test_a_resumed_optimizer_goes_on() -> None:
     assert_same_bits(second.theta, first.theta)
 
 
-# --- parts, wherever ZeRO cuts ---------------------------------------------------------------------------------------
+# --- pieces, wherever ZeRO cuts --------------------------------------------------------------------------------------
 
 CUT_SHAPES: dict[str, tuple[int, ...]] = {"embedding": (4, 5), "gain": (2,), "w": (3, 4), "head": (2, 3)}
 N_ELEMENTS = sum(math.prod(shape) for shape in CUT_SHAPES.values())
@@ -534,23 +545,144 @@ def test_no_random_cut_changes_a_bit(cuts: list[int]) -> None:
     compare_with_whole(tuple(sorted(cuts)))
 
 
-@given(st.lists(st.integers(0, N_ELEMENTS), max_size=6))
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_no_size_of_pieces_changes_a_bit(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(rules, "CHUNK", size)
+    monkeypatch.setattr(optim, "NARROW", 2)  # so that some widths are above 1
+    compare_with_whole((11, 13, 30))
+
+
+@given(st.lists(st.integers(0, N_ELEMENTS), max_size=6), st.integers(1, 40), st.integers(1, 4))
 @settings(deadline=None, max_examples=30)
-def test_parts_are_views_of_whole_rows_or_of_one_row(cuts: list[int]) -> None:
-    weights = {name: torch.arange(math.prod(s), dtype=torch.float32).view(s) for name, s in CUT_SHAPES.items()}
+def test_pieces_hold_each_row_in_whole_units(cuts: list[int], size: int, narrow: int) -> None:
+    weights = {name: torch.arange(math.prod(s), dtype=torch.float32) for name, s in CUT_SHAPES.items()}
+    weights = {name: w.view(CUT_SHAPES[name]) for name, w in weights.items()}
+    with mock.patch.object(rules, "CHUNK", size), mock.patch.object(optim, "NARROW", narrow):
+        ranks = Model(make_config(), weights, tuple(sorted(cuts))).ranks
     width = CUT_SHAPES["embedding"][-1]
-    for o in Model(make_config(), weights, tuple(sorted(cuts))).ranks:
-        thetas = [part.theta.flatten() for part in o._parts]
-        assert torch.equal(torch.cat([*thetas, torch.empty(0)]), torch.cat([*o.masters, torch.empty(0)]))
-        for part in o._parts:
-            assert torch.equal(part.of(o.masters), part.theta)
-            assert part.theta.data_ptr() == part.of(o.masters).data_ptr()
-            momentum = part.of([state["momentum"] for state in o.state])
-            assert part.state["momentum"].data_ptr() == momentum.data_ptr() and momentum.shape == part.theta.shape
-            if part.segment.role == "embedding" and part.segment.cut_row is None:
-                assert part.theta.shape[1] == width and (part.theta[:, 0] % width == 0).all()
-            else:
-                assert len(part.theta) == 1
+    for o in ranks:
+        rows = [
+            (s.name, i // width if s.name == "embedding" else 0) for s in o.segments for i in range(s.start, s.stop)
+        ]
+        numbers = {row: float(i) for i, row in enumerate(dict.fromkeys(rows))}  # in the order of the optimizer
+        expected = torch.tensor([numbers[row] for row in rows])
+        assert o._n_rows == len(numbers)
+        found = torch.full_like(expected, -1)
+        sums = torch.zeros(o._n_rows, dtype=torch.float64)
+        of_rows = torch.arange(float(o._n_rows))[:, None]
+        pieces = [piece for span in o._spans for piece in span.pieces]
+        assert len(pieces) <= 2 * len(rows) / size + 5
+        for piece in pieces:
+            units = piece.of(found)
+            units.copy_(piece.spread(of_rows).expand_as(units))
+            assert units.numel() <= size and (piece.width >= narrow or piece.width == 1 or len(units) == 1)
+            sums[piece.rows] += optim._add_up(torch.full((len(units),), float(piece.width)).double(), piece.offsets)
+        assert torch.equal(found, expected)
+        assert sums.tolist() == [rows.count(row) for row in numbers]
+
+
+# --- one pass over a flat slice --------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        make_config(), make_config(accumulate="momentum"), make_config(embedding="adamw", embedding_lr=1e-3),
+        make_config("lion"), make_config("adamw"),
+    ],
+)  # fmt: skip
+def test_an_update_takes_as_many_operations_for_ten_tensors_as_for_a_hundred(
+    config: ResolvedOptim, dtype: torch.dtype
+) -> None:
+    counts = []
+    for n in (10, 100):
+        weights = {"embedding": torch.ones(10, 32)}
+        weights |= {f"{i}": torch.ones(2000 // n, 32) for i in range(n)} | {
+            "gain": torch.ones(32),
+            "bias": torch.ones(5),
+        }
+        flat = torch.cat([w.view(-1) for w in weights.values()])
+        segments, at = [], 0
+        for name, w in weights.items():
+            whole = Segment.whole(name, ROLES.get(name, "matrix"), tuple(w.shape))
+            segments.append(replace(whole, offset=at))
+            at += w.numel()
+        optimizer = Optimizer(config, segments, [flat], list(weights), [], [torch.empty_like(flat, dtype=dtype)])
+        gradient, one = [torch.ones_like(flat, dtype=dtype)], torch.ones((), dtype=torch.float64)
+        with Operations() as operations:
+            sums = optimizer.gradient_sums(gradient)
+            if config.accumulate == "momentum":
+                optimizer.absorb(gradient, sums, one, torch.ones(len(weights), dtype=torch.bool))
+            optimizer.step(gradient, optimizer.weight_sums(), sums, lr=1e-3, factor=one)
+        counts.append(len(operations.names))
+    assert counts[0] == counts[1] < 500, counts
+
+
+WIDE_SHAPES: dict[str, tuple[int, ...]] = {
+    "embedding": (40, 96), "gain": (96,), "w": (64, 96), "bias": (1,), "v": (96, 160), "head": (40, 96)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cuts", [(), (96 * 7, 96 * 60), (5, 1000, 96 * 50 + 1, 30_000, 30_001)])
+def test_one_pass_is_the_rules_on_each_tensor(cuts: tuple[int, ...], dtype: torch.dtype) -> None:
+    config = make_config(lr=0.03, weight_decay=0.1)
+    theta = random_tensors(WIDE_SHAPES, 0)
+    model = Model(config, theta, cuts, dtype)
+    momentum = {name: torch.zeros_like(w) for name, w in theta.items()}
+    beta, scale = torch.tensor(config.beta1), torch.tensor((1 - config.beta1) * 0.5)
+    for step in range(3):
+        gradients = {name: g.to(dtype) for name, g in random_tensors(WIDE_SHAPES, 1 + step).items()}
+        gradients["embedding"][step::5] = 0
+        model.step(gradients, factor=0.5)
+        for name, w in theta.items():
+            g, is_gain = gradients[name], name in ("gain", "bias")
+            squares = w.double().square()
+            rms = (squares.mean(-1, keepdim=True) if name == "embedding" else squares.mean()).sqrt()
+            lr = torch.full_like(rms, 0.5 * config.lr) if is_gain else config.lr * rms.clamp(min=config.rms_floor)
+            if name == "embedding":
+                lr = lr * g.any(-1, keepdim=True)
+            decay = torch.tensor(0.0 if is_gain else config.weight_decay)
+            theta[name], momentum[name] = tiger_update(w, momentum[name], g, lr.float(), decay, beta, scale)
+        assert_same_bits(model.theta, theta)
+        assert_same_bits(model.momentum, momentum)
+        for o in model.ranks:  # the weights are written in the same pass
+            assert all(torch.equal(w, flat.to(dtype)) for w, flat in zip(o._weights, o._flats) if w is not None)
+    first, second = ([s.total for s in model.gradient_sums(gradients)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_padding_between_tensors_counts_for_nothing() -> None:
+    segments = [
+        Segment(name=name, role=role, shape=shape, start=0, stop=math.prod(shape), flat=0, offset=offset)
+        for name, role, shape, offset in (("embedding", "embedding", (2, 3), 1), ("w", "matrix", (2, 2), 9))
+    ]
+    flat, gradient = torch.full((14,), 2.0), torch.full((14,), math.nan)
+    for s in segments:
+        s.of(gradient).fill_(1)
+    for config in (make_config(), make_config(accumulate="momentum"), make_config("lion"), make_config("adamw")):
+        optimizer = Optimizer(config, segments, [flat], ["w", "embedding"], [])
+        sums, one = optimizer.gradient_sums([gradient]), torch.ones((), dtype=torch.float64)
+        assert sums.total.tolist() == [4, 6]
+        if config.accumulate == "momentum":
+            optimizer.absorb([gradient], sums, one, torch.tensor([True, True]))
+        optimizer.step([gradient.clone()], optimizer.weight_sums(), sums, lr=0.1, factor=one)
+        assert all(master.isfinite().all() and (master < 2).all() for master in optimizer.masters)
+        assert all(x.isfinite().all() for state in optimizer.state for x in state.values())
+        flat.fill_(2.0)
 
 
 # --- rows of the embedding (9736) ------------------------------------------------------------------------------------

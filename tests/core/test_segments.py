@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakexue.core.segments import Segment, cut_rows
+from megakexue.core.segments import Segment, cut_rows, parts_with_padding
 
 
 def test_segment_views_its_elements() -> None:
@@ -57,3 +57,14 @@ def test_an_embedding_splits_into_whole_rows_and_pieces_of_rows(height: int, wid
         if 0 < len(set(range(row * width, (row + 1) * width)) & set(range(start, stop))) < width
     ]
     assert cut_rows([segment]) == [("e", row) for row in cut]
+
+
+def test_parts_with_padding_follow_one_another() -> None:
+    embedding = Segment(name="e", role="embedding", shape=(4, 5), start=3, stop=17, flat=1, offset=2)
+    matrix = Segment(name="w", role="matrix", shape=(2, 3), start=0, stop=4, flat=1, offset=20)
+    found = parts_with_padding([embedding, matrix])
+    assert [(part.role, part.offset, part.numel, part.row_numel) for part in found] == [
+        ("embedding", 2, 2, 2), ("embedding", 4, 10, 5), ("embedding", 14, 2, 2), ("padding", 16, 4, 4),
+        ("matrix", 20, 4, 4),
+    ]  # fmt: skip
+    assert all(part.flat == 1 for part in found)

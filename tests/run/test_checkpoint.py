@@ -271,7 +271,7 @@ def test_what_one_rank_cannot_load_is_refused_by_all(prepared: Prepared, tmp_pat
 
 
 def load_and_watch(config: ResolvedConfig, folder: Path) -> tuple[int, int, int, int]:
-    """Bytes of this rank's share, and by how many this process grew while it was read, loaded, and by a refresh."""
+    """Bytes of this rank's share, and by how many this process grew while it was read, loaded, and by a gathering."""
     from megakexue.run.engine import Engine, start
 
     ranks = start(config.engine)
@@ -289,10 +289,10 @@ def load_and_watch(config: ResolvedConfig, folder: Path) -> tuple[int, int, int,
         action(*arguments)
         return resident("VmHWM") - before
 
-    refresh = growth(engine._layout.refresh)
+    gathering = growth(engine._layout.gather)
     loading = growth(checkpoint.restore, folder / "step_00000001", engine)
-    engine._layout.refresh = engine.check_weights = lambda: None  # type: ignore[method-assign]
-    return share, growth(checkpoint.restore, folder / "step_00000001", engine), loading, refresh
+    engine._layout.gather = engine.check_weights = lambda: None  # type: ignore[method-assign]
+    return share, growth(checkpoint.restore, folder / "step_00000001", engine), loading, gathering
 
 
 @pytest.mark.slow
@@ -303,10 +303,10 @@ def test_loading_takes_little_more_than_a_rank_owns(prepared: Prepared, tmp_path
         config,
         model=replace(config.model, vocab_size=20_000, d_model=1024, d_ff=4096, n_layers=2, n_heads=16, d_head=64),
     )
-    for share, reading, loading, refresh in run_on_ranks(2, load_and_watch, config, tmp_path):
+    for share, reading, loading, gathering in run_on_ranks(2, load_and_watch, config, tmp_path):
         assert share > 2e8 and reading < 0.2 * share, (share, reading)
         # beyond that, what DeepSpeed takes on a CPU to gather weights after each step too
-        assert loading < refresh + 0.2 * share, (share, loading, refresh)
+        assert loading < gathering + 0.2 * share, (share, loading, gathering)
 
 
 def test_a_checkpoint_of_another_model_is_refused(prepared: Prepared, tmp_path: Path) -> None:

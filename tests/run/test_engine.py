@@ -344,6 +344,70 @@ def test_two_ranks_with_the_same_rows_are_one_rank(prepared: Prepared) -> None:
                     assert torch.equal(whole[kind][name], value), what
 
 
+@pytest.mark.slow
+def test_a_rank_by_itself_takes_the_same_steps_at_every_stage(prepared: Prepared) -> None:
+    # without DeepSpeed's reduction at stages 0 to 2, with it at stage 3
+    kinds = [
+        make_config(prepared, dtype=d, optim=TIGER | {"accumulate": accumulate}, rows=4)
+        for d, accumulate in (("fp32", "gradient"), ("bf16", "gradient"), ("fp16", "gradient"), ("bf16", "momentum"))
+    ]
+    kinds += [make_config(prepared, dtype="bf16", tied=True, optim=ADAMW, rows=4)]
+    configs = [replace(c, engine=replace(c.engine, zero_stage=s)) for c in kinds for s in STAGES]
+    (results,) = run_on_ranks(1, many_cases, [(config, False) for config in configs])
+    for i, (config, result) in enumerate(zip(configs, results)):
+        first = results[i // len(STAGES) * len(STAGES)]
+        assert repr(result["results"]) == repr(first["results"]), where(config)
+        of_first = assemble([first], config, sharded=False)
+        for kind, tensors in assemble([result], config, sharded=True).items():
+            for name, value in tensors.items():
+                assert torch.equal(value, of_first[kind][name]), f"{where(config)}: {kind} {name}"
+
+
+def count_operations(configs: list[ResolvedConfig]) -> list[tuple[int, int]]:
+    """Of one step: those of the sums and of the update, and those after the host has waited for the device."""
+    from megakexue.core import rules
+    from megakexue.run.engine import Engine, start
+    from tests.core.test_optim import Operations
+
+    rules.CHUNK = 2**30  # more layers have more elements too
+    counts = []
+    for config in configs:
+        engine = Engine(config, start(config.engine))
+        initial_masters(engine, config)
+        data = own_batches(config, engine.ranks)
+        engine.train_step(data.next_step(), 1e-3, 1)
+        operations, after = Operations(), Operations()
+
+        def counted(function: Any, mode: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with mode:
+                    return function(*args, **kwargs)
+
+            return run
+
+        for name in ("gradient_sums", "weight_sums", "step"):
+            setattr(engine.optimizer, name, counted(getattr(engine.optimizer, name), operations))
+        engine._update = counted(engine._update, after)  # type: ignore[method-assign]
+        engine.train_step(data.next_step(), 1e-3, 2)
+        data.close()
+        counts.append((len(operations.names), len(after.names)))
+    return counts
+
+
+def test_the_tail_of_a_step_takes_as_many_operations_for_two_layers_as_for_six(prepared: Prepared) -> None:
+    configs = [
+        replace(config, model=replace(config.model, n_layers=n))
+        for stage in (1, 2, 3)
+        for config in (make_config(prepared, stage=stage, dtype="bf16", optim=TIGER, rows=2),)
+        for n in (2, 6)
+    ]
+    (counts,) = run_on_ranks(1, count_operations, configs)
+    for (of_sums, tail), (of_more_sums, tail_of_more), stage in zip(counts[::2], counts[1::2], (1, 2, 3)):
+        assert of_sums == of_more_sums > 20, stage
+        # at stage 3 DeepSpeed gathers the small parameters again, one by one
+        assert stage == 3 or 20 < tail == tail_of_more, stage
+
+
 def check_halved(difference: torch.Tensor, config: ResolvedConfig, what: str) -> None:
     """Stages 2 and 3 halve each micro-batch's gradient before adding, which loses the last bit of fp16's subnormals.
 

@@ -35,7 +35,8 @@ def look(config: ResolvedConfig) -> list[dict[str, Any]]:
         ).next_step()
         engine._engine.train()
         engine._backward(batches[0], torch.tensor(1.0))
-        gradients = [x.clone() for x in layout.gradients()]
+        flats = layout.gradients()
+        gradients = [s.of(flats[s.flat]).clone() for s in layout.segments]
         layout.clear()
         inner = engine._engine.optimizer
         held = [x for xs in getattr(inner, "averaged_gradients", {}).values() for x in xs or []]
@@ -46,7 +47,7 @@ def look(config: ResolvedConfig) -> list[dict[str, Any]]:
                 "masters": [s.of(layout.flats[s.flat]).clone() for s in layout.segments],
                 "weights": [[x.float() for x in layout.weights(s)] for s in layout.segments],
                 "gradients": [x.float() for x in gradients],
-                "held": len(held),
+                "held": len(held) + sum(p.grad is not None for p in engine.module.parameters()) * (stage > 0),
             }
         )
     return found

@@ -47,8 +47,8 @@ are of 1M elements, and count less in a larger model. What gloo holds beside ten
 copy of all weights, which is seen at stages 1 and 2 in `peak in refresh`.
   held        between two steps
   at forward  before the last micro-batch's forward: large activations would be added to this
-  peak in ... the most within any forward; backward with its reductions; sums of gradients and taking them into the
-              momentum; the update of the masters; clearing gradients and casting masters to weights
+  peak in ... the most within any forward; backward with its reductions; putting gradients together, their sums and
+              taking them into the momentum; the update of masters and weights; clearing gradients and gathering weights
 
 Bytes sent count the whole tensor of each collective: twice for an all-reduce, which is a reduction and a gathering.
 Of n ranks in a ring, each sends (n - 1) / n of that.
@@ -160,8 +160,8 @@ def mark_phases(engine: "Engine") -> None:
     optimizer, inner = engine.optimizer, engine._engine
     for phase, owner, name in (
         ("forward", inner, "forward"), ("backward", inner, "backward"), ("absorb", optimizer, "gradient_sums"),
-        ("absorb", optimizer, "absorb"), ("update", optimizer, "step"), ("refresh", inner, "step"),
-        ("refresh", engine._layout, "refresh"),
+        ("absorb", engine._layout, "gradients"), ("absorb", optimizer, "absorb"), ("update", optimizer, "step"),
+        ("refresh", inner, "step"), ("refresh", engine._layout, "gather"),
     ):  # fmt: skip
         setattr(owner, name, record_function(f"phase {phase}")(getattr(owner, name)))
 
