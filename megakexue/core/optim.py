@@ -98,9 +98,15 @@ def _pieces(bounds: list[int], first_row: int, size: int, device: torch.device) 
         bounds: where rows begin in the span, and at last its length.
         first_row: the number of the first.
     """
-    pieces = []
-    # what ZeRO leaves of a row at either end is by itself, or its odd length would decide the width of others too
-    for start, stop in pairwise(sorted({0, bounds[1], bounds[-2], bounds[-1]})):
+    pieces, edges = [], {0, bounds[-1]}
+    # what ZeRO leaves of a row at either end is by itself where its length would decide the width of others too
+    lengths = [b - a for a, b in pairwise(bounds)]
+    common = math.gcd(*lengths[1:-1])
+    if not common or lengths[0] % common:
+        edges.add(bounds[1])
+    if not common or lengths[-1] % common:
+        edges.add(bounds[-2])
+    for start, stop in pairwise(sorted(edges)):
         while start < stop:
             end = min(start + size, stop)
             # up to where a row begins, but not so early that there are many pieces
@@ -329,7 +335,7 @@ class Optimizer:
         rows = self._no_sums()
         for span, x in tensors:
             for piece in span.pieces:
-                rows[piece.rows] += _add_up(self._kernels["squares"](piece.of(x)), piece.offsets)
+                rows[piece.rows].add_(_add_up(self._kernels["squares"](piece.of(x)), piece.offsets))
         return rows
 
     def _no_sums(self) -> Tensor:
@@ -448,7 +454,7 @@ class Optimizer:
             of_units = [piece.spread(rates), piece.spread(self._rows.decay)]
             squares = kernel(piece.of(span.theta), weights, *tensors, *of_units, *scalars)
             if squares is not None:
-                new_rows[piece.rows] += _add_up(squares, piece.offsets)
+                new_rows[piece.rows].add_(_add_up(squares, piece.offsets))
 
     def _move_by_adamw(self, span: Span, gradient: Tensor, lr: float, factor: Tensor) -> None:
         config, (beta1, beta2) = self.config, self._betas
