@@ -109,9 +109,10 @@ def _pieces(bounds: list[int], first_row: int, size: int, device: torch.device) 
     for start, stop in pairwise(sorted(edges)):
         while start < stop:
             end = min(start + size, stop)
-            # up to where a row begins, but not so early that there are many pieces
+            # a row that does not fit begins the next piece, and so most pieces of long rows have one row alone; two
+            # pieces that follow one another have more than `size` elements, so there are not many
             last = bounds[bisect_right(bounds, end) - 1]
-            end = last if last > start + size // 2 else end
+            end = last if last > start else end
             low, high = bisect_right(bounds, start), bisect_left(bounds, end)
             lengths = [b - a for a, b in pairwise([start, *bounds[low:high], end])]
             rows = slice(first_row + low - 1, first_row + high)

@@ -365,7 +365,10 @@ def test_a_rank_by_itself_takes_the_same_steps_at_every_stage(prepared: Prepared
             assert facts == ([name], [], [0]), f"{where(config)}: {facts}"
     for i, (config, result) in enumerate(zip(configs, results)):
         first = results[i // len(STAGES) * len(STAGES)]
-        assert repr(result["results"]) == repr(first["results"]), where(config)
+        for got, expected in zip(result["results"], first["results"], strict=True):
+            # the sums in float64 have another order
+            assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-13), where(config)
+            assert replace(got, grad_norm=0.0) == replace(expected, grad_norm=0.0), where(config)
         of_first = assemble([first], config, sharded=False)
         for kind, tensors in assemble([result], config, sharded=True).items():
             for name, value in tensors.items():
