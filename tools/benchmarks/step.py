@@ -36,7 +36,7 @@ A step is forward, backward and the optimizer: ours by the engine under ZeRO-1 o
 transformers with autocast and torch's fused AdamW. All arms have the same tokens, the same parameters but for gains,
 and run one after the other in each round, in another order each time. Seconds are those of the process on a CPU, which
 other work on the machine changes little, and of the clock on a GPU. A ratio is the median over the rounds, with the
-range of its middle half. Peak: the fastest of the step's own matrix products, measured in this run.
+range of its middle half. Peak on a CPU: the fastest of the step's own matrix products, timed in each round.
 
 transformers does not keep packed documents apart, so with --documents it has less to do than ours in the mask, and more
 in the scores.
@@ -237,10 +237,33 @@ def profile(arm: Any, batch: "Batch") -> dict[str, dict[str, float]]:
     return {group: {k: v for k, v in numbers.items() if k != "idle_ms"} for group, numbers in found.items()}
 
 
-def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return of each arm its seconds in each round, the loss of its first and last step, and what it saves."""
+def product_peak(args: argparse.Namespace, clock: Callable[[], float]) -> float:
+    """Return the FLOP/s of the fastest of the step's products, each over a twentieth of a second.
+
+    A CPU that others share is not equally fast from minute to minute, so this is done in each round.
+    """
     import torch
 
+    from megakexue.core.describe import product_shapes
+    from megakexue.core.device import DTYPES
+
+    rates = []
+    for m, k, n in set(product_shapes(make_config(args, is_compiled=False).model, args.rows * args.seq_len)):
+        x, weight = (torch.ones(rows, k, dtype=DTYPES[args.dtype]) for rows in (m, n))
+        count, began = 0, clock()
+        while clock() - began < 0.05:
+            torch.nn.functional.linear(x, weight)
+            count += 1
+        rates.append(2 * m * k * n * count / (clock() - began))
+    return max(rates)
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], list[float]]:
+    """Return of each arm its seconds in each round, the loss of its first and last step, and what it saves; and the
+    FLOP/s of the peak in each round, none on a GPU, whose data sheet says it."""
+    import torch
+
+    peaks: list[float] = []
     is_cuda = torch.cuda.is_available()
     clock = time.perf_counter if is_cuda else time.process_time
     batches = make_batches(args, WARM_UP + args.rounds)
@@ -252,6 +275,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         found[name] = {"seconds": [], "first_loss": losses[0], "start_s": time.perf_counter() - began}
         print(f"{name}: ready after {found[name]['start_s']:.0f} s, loss {losses[0]:.4f}", flush=True)
     for i, batch in enumerate(batches[WARM_UP:]):
+        if not is_cuda:
+            peaks.append(product_peak(args, clock))
         for name in args.arms[i % len(arms) :] + args.arms[: i % len(arms)]:
             began = clock()
             loss = arms[name].step(batch)  # reads its loss, so that the device is done
@@ -263,29 +288,35 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             found[name]["profile"] = profile(arm, batches[0])
         if isinstance(arm, Ours):
             found[name]["saved_bytes_a_token_and_layer"] = arm.saved_bytes(batches[0]) / tokens
-    return found
+    return found, peaks
 
 
-def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def report(args: argparse.Namespace, found: dict[str, dict[str, Any]], peaks: list[float]) -> dict[str, Any]:
     """Print a line for each arm and each ratio, and return all numbers."""
     import torch
 
     from megakexue.config import MetricsConfig
-    from megakexue.core.describe import flops_per_token, product_shapes
+    from megakexue.core.describe import flops_per_token
     from megakexue.core.device import DTYPES, find_device, peak_flops
 
-    device, dtype = find_device(), DTYPES[args.dtype]
-    model = make_config(args, is_compiled=False).model
-    peak, source = peak_flops(MetricsConfig(), device, dtype, product_shapes(model, args.rows * args.seq_len))
+    source = "of the step's own products, in each round"
+    if not peaks:
+        peak, source = peak_flops(MetricsConfig(), find_device(), DTYPES[args.dtype])
+        peaks = [peak] * args.rounds
     n_keys = statistics.mean(float(b.positions.double().mean()) + 1 for b in make_batches(args, WARM_UP + args.rounds))
-    print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; peak {source}")
+    print(
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; peak {statistics.median(peaks) / 1e12:.3g} "
+        f"TFLOP/s ({min(peaks) / 1e12:.3g} .. {max(peaks) / 1e12:.3g}) {source}"
+    )
     for name, values in found.items():
         config = make_config(args, is_compiled=False, is_mla="mla" in name).model
-        rate = args.rows * args.seq_len / statistics.median(values["seconds"])
+        n_tokens = args.rows * args.seq_len
+        share = statistics.median(n_tokens / s / peak for s, peak in zip(values["seconds"], peaks, strict=True))
+        rate = n_tokens / statistics.median(values["seconds"])
         values |= {
             "tokens_per_s": rate,
-            "mfu": rate * flops_per_token(config, n_keys) / peak,
-            "mfu_not_causal": rate * flops_per_token(config, args.seq_len) / peak,
+            "mfu": share * flops_per_token(config, n_keys),
+            "mfu_not_causal": share * flops_per_token(config, args.seq_len),
         }
         saved = values.get("saved_bytes_a_token_and_layer")
         print(
@@ -304,7 +335,7 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> dict[s
                 ratios[f"{name} / {other}"] = [low, middle, high]
                 print(f"{name:<22} is {middle:5.2f} times as fast as {other} ({low:.2f} .. {high:.2f})")
     settings = {k: v for k, v in vars(args).items() if k != "json"}
-    return {"settings": settings, "peak_flops": peak, "arms": found, "ratios": ratios}
+    return {"settings": settings, "peak_flops": peaks, "arms": found, "ratios": ratios}
 
 
 def main() -> None:
@@ -315,8 +346,7 @@ def main() -> None:
         require_new_file("--json", args.json, overwrite=False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    found = measure(args)
-    numbers = report(args, found)
+    numbers = report(args, *measure(args))
     if args.json:
         write_whole(args.json, json_text(numbers))
 
