@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 
 from megakexue.config import Config, UserError, load_config, to_yaml
+from megakexue.core.device import has_compiler
 from tests.conftest import Prepared
 from tests.helpers import (
     ROOT,
@@ -33,6 +34,25 @@ from tests.helpers import (
     train_all,
 )
 from tests.ranks import free_port, run_on_ranks
+
+
+def train_with_cache(cache: str, configs: list[Config]) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    train_all(configs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+def test_a_compiled_run_goes_on_with_kernels_made_anew(prepared: Prepared, tmp_path: Path) -> None:
+    options = ["engine.compile=on", "engine.recompute=product", "engine.dtype=bf16"]
+    straight, stopped = (tiny_config(prepared, tmp_path / name, *options) for name in ("straight", "stopped"))
+    early = tiny_config(prepared, tmp_path / "stopped", *options, "train.stop_at_step=5")
+    run_on_ranks(1, train_with_cache, str(tmp_path / "first"), [straight, early])
+    run_on_ranks(1, train_with_cache, str(tmp_path / "empty"), [stopped])
+    assert list((tmp_path / "empty").iterdir())
+    assert column(tmp_path / "stopped") == column(tmp_path / "straight")
+    rank = "rank_00000.safetensors"
+    assert state_hashes(tmp_path / "stopped", 8)[rank] == state_hashes(tmp_path / "straight", 8)[rank]
 
 
 @pytest.mark.slow
