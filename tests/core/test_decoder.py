@@ -463,3 +463,33 @@ def test_a_compiled_layer_keeps_and_launches_little() -> None:
     assert n_bytes["feed_forward"] <= 27_000 and n_bytes["block"] <= 10_000, n_bytes
     assert n_bytes["none"] - n_bytes["product"] == 2 * 5632
     assert 20 < n_kernels + 2 <= 40, n_kernels  # with attention's own
+
+
+def graphs_of_fifty_steps(kinds: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """The graphs that the compiler makes of the blocks, and where it breaks off, over rows of one to seven documents."""
+    found = []
+    for kind in kinds:
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        model, generator = build(tiny(**kind), "blocked"), torch.Generator().manual_seed(0)
+        model.compile_parts()
+        for step in range(50):
+            is_start = torch.zeros(2, 32, dtype=torch.bool)
+            is_start[:, 0] = True
+            for row in is_start:
+                row[1 + torch.randperm(31, generator=generator)[: step % 7]] = True
+            index = torch.arange(32)
+            ends = torch.tensor([*is_start.flatten().nonzero().flatten().tolist(), 64], dtype=torch.int32)
+            tokens = torch.randint(0, 97, (2, 32), generator=generator)
+            positions = index - (index * is_start).cummax(1).values
+            model.hidden(tokens, positions, ends if step % 7 else None).square().mean().backward()
+        found.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+def test_two_graphs_serve_all_layers_and_any_number_of_documents() -> None:
+    kinds = [KINDS["gqa"], KINDS["mla"] | dict(residual="prenorm")]
+    assert run_on_ranks(1, graphs_of_fifty_steps, kinds) == [[(2, 0), (2, 0)]]

@@ -304,7 +304,9 @@ def test_what_is_computed_again_changes_no_bit(prepared: Prepared) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="needs g++")
 def test_what_is_computed_again_changes_no_bit_of_compiled_blocks(prepared: Prepared) -> None:
-    configs = recomputing(make_config(prepared, stage=3, optim=TIGER, rows=4, steps=2), "on")
+    kinds = dict(stage=3, dtype="fp32"), dict(stage=2, dtype="bf16", mla=True), dict(stage=1, dtype="bf16")
+    bases = [make_config(prepared, optim=TIGER, rows=4, steps=2, **kind) for kind in kinds]  # type: ignore[arg-type]
+    configs = [config for base in bases for config in recomputing(base, "on")]
     check_nothing_changes(configs, run_on_ranks(1, many_cases, [(config, False) for config in configs]))
 
 
