@@ -46,11 +46,12 @@ second signal 128 + its number. docs/recovery.md has what happens when.""",
     from megakexue import dist
     from megakexue.run.guard import TrainingStopped
     from megakexue.run.preemption import Preempted
+    from megakexue.run.rendezvous import NotAllHere
     from megakexue.run.train import train  # seconds of imports, which a mistake in the config should not cost
 
     try:
         train(config)
-    except TrainingStopped as stopped:
+    except (TrainingStopped, NotAllHere) as stopped:
         dist.say_last(f"stopped: {stopped}")
         sys.exit(1)
     except UserError as error:

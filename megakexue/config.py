@@ -679,12 +679,15 @@ class EngineConfig:
     input, a third more work. The way to longer rows and larger micro-batches."""
     timeout_s: float = 1800.0
     """A collective that waits longer ends the run."""
+    rendezvous_s: float = 120.0
+    """How long ranks wait at the start for others to come. Those that are missing are named."""
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         positive(self, "engine.bucket_elements")
         at_most(self, 2**31 - 1, "engine.bucket_elements")
         seconds(self, "engine.timeout_s")
+        seconds(self, "engine.rendezvous_s")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,20 +13,25 @@ The variables are looked at in this order:
 Slurm is the last, since mpirun starts its own helpers with srun. Where PMI or PMIx leaves something out, Slurm may say
 the rest, if they agree. A world of one task is one process alone. A larger one is mapped to the variables of the first
 line if everything is said, and refused if not: otherwise each process would train alone, in the same folder. Only
-MASTER_ADDR may be missing, if all are on one node, and MASTER_PORT, if the job has a number.
+MASTER_ADDR may be missing, if all are on one node, or if srun or mpirun says where the first one is; and MASTER_PORT,
+if the job has a number. A first rank that is elsewhere finds out that the address is not its own.
 
 A batch script of Slurm, and a shell of salloc, are one process and no task of srun, whatever SLURM_NTASKS is. If that
 is above 1, and no launcher has set its variables, `srun` or `deepspeed` was forgotten, and the start is refused.
 """
 
+import base64
+import json
 import os
 import re
+import socket
 import sys
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megakexue.config import UserError
@@ -193,11 +198,16 @@ def _of_slurm() -> dict[str, str]:
     return ({"WORLD_SIZE": "1"} if is_batch else {}) | _found(("SLURM_PROCID", "SLURM_NTASKS"))
 
 
-def _tasks_of_node() -> dict[str, str]:
-    """The number of tasks of this node, from those of each node, such as `2(x3),1`."""
+def _tasks_of_nodes() -> list[str]:
+    """The number of tasks of each node, which Slurm writes such as `2(x3),1`."""
     counts: list[str] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [count] * int(times or 1)
+    return counts
+
+
+def _tasks_of_node() -> dict[str, str]:
+    counts = _tasks_of_nodes()
     node = os.environ.get("SLURM_NODEID", "0" if len(counts) == 1 else "")
     return {"LOCAL_SIZE": counts[int(node)]} if node.isdigit() and int(node) < len(counts) else {}
 
@@ -206,6 +216,8 @@ def _address(found: dict[str, str]) -> dict[str, str]:
     address, job = _found(_ADDRESS, _ADDRESS), [os.environ[name] for name in _JOB if name in os.environ]
     if found["LOCAL_SIZE"] == found["WORLD_SIZE"]:
         address.setdefault("MASTER_ADDR", "127.0.0.1")
+    elif first := _first_host():
+        address.setdefault("MASTER_ADDR", first)
     if job:  # below 32768, from where on the kernel gives ports to whoever asks for any
         address.setdefault("MASTER_PORT", str(20_000 + zlib.crc32(" ".join(job).encode()) % 10_000))
     if missing := [name for name in _ADDRESS if name not in address]:
@@ -215,6 +227,53 @@ def _address(found: dict[str, str]) -> dict[str, str]:
             "free there, the same for all"
         )
     return address
+
+
+def _first_host() -> str | None:
+    """The first node of srun's step, or the host of mpirun, which starts rank 0 itself unless it is told otherwise."""
+    if "SLURM_STEP_NODELIST" in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return next(iter(expanded(os.environ["SLURM_STEP_NODELIST"])), None)
+    # such as 7405568.0;tcp://10.0.0.1,192.168.0.1:40581;tcp6://...
+    found = re.search(r";tcp://([^:;]+):(\d+)", os.environ.get("OMPI_MCA_orte_hnp_uri", ""))
+    if not found:
+        return None
+    addresses, port = found[1].split(","), int(found[2])
+    return next((address for address in addresses if _answers(address, port)), None)
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def expanded(nodes: str) -> list[str]:
+    """The names in a list of Slurm's, such as `n[01-03,7],login`."""
+    names: list[str] = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\]([^,\[\]]*))?", nodes):
+        for part in ranges.split(",") if ranges else [None]:
+            first, _, last = (part or "").partition("-")
+            numbers = range(int(first), int(last or first) + 1) if part else [None]
+            names += [prefix if n is None else f"{prefix}{n:0{len(first)}d}{suffix}" for n in numbers]
+    return names
+
+
+def host_of_each_rank() -> list[str]:
+    """The host on which the launcher has started each rank, in their order; []: it does not say so."""
+    if "MEGAKEXUE_HOSTS" in os.environ:  # of launch/cluster.py, such as n1:8,n2:8
+        hosts = [part.rpartition(":")[::2] for part in os.environ["MEGAKEXUE_HOSTS"].split(",")]
+        return [host for host, slots in hosts for _ in range(int(slots))]
+    try:  # DeepSpeed's launcher, which has it as an argument, such as {"n1": [0, 1]}
+        arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
+        encoded = next(a.partition("=")[2] for a in arguments if a.startswith("--world_info="))
+        return [host for host, slots in json.loads(base64.urlsafe_b64decode(encoded)).items() for _ in slots]
+    except (OSError, StopIteration, ValueError):
+        pass
+    nodes = expanded(os.environ.get("SLURM_STEP_NODELIST", ""))
+    is_block = os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block")
+    return [node for node, count in zip(nodes, _tasks_of_nodes()) for _ in range(int(count))] if is_block else []
 
 
 def _checked(who: str, variables: dict[str, str]) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """What a launcher says is mapped to ranks that train together, or refused in one line: nobody is alone by mistake."""
 
+import base64
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,13 +11,22 @@ from pathlib import Path
 import pytest
 
 from megakexue.config import UserError
-from megakexue.launcher import ALONE, Ranks, WrongPlace, read_environment, read_ranks, said_once
+from megakexue.launcher import (
+    ALONE,
+    Ranks,
+    WrongPlace,
+    expanded,
+    host_of_each_rank,
+    read_environment,
+    read_ranks,
+    said_once,
+)
 from tests.conftest import Prepared
 from tests.helpers import ROOT, records, tiny_run
-from tests.programs import run_without_torch
+from tests.programs import run_python, run_without_torch
 from tests.ranks import free_port
 
-STARTED = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI", "MPI_", "SLURM_")
+STARTED = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI", "MPI_", "SLURM_", "MEGAKEXUE_")
 """How the names of variables begin by which processes learn of one another."""
 Variables = dict[str, str]
 
@@ -133,6 +144,37 @@ def test_each_job_has_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         assert len(of_ranks) == 1
         ports |= of_ranks
     assert len(ports) == 3
+
+
+def test_the_first_host_and_the_host_of_each_rank_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, SRUN | {"SLURM_STEP_NODELIST": "gpu-a[09-10,12],login"})
+    assert read_environment()["MASTER_ADDR"] == "gpu-a09"
+    assert host_of_each_rank() == ["gpu-a09", "gpu-a09", "gpu-a10", "gpu-a10"]
+    monkeypatch.setenv("SLURM_DISTRIBUTION", "cyclic")
+    assert host_of_each_rank() == []
+    assert expanded("n1") == ["n1"] and expanded("n[1-2,5]-ib,x[08-11]") == [
+        "n1-ib", "n2-ib", "n5-ib", "x08", "x09", "x10", "x11",
+    ]  # fmt: skip
+    given(monkeypatch, {"MEGAKEXUE_HOSTS": "n1:1,10.0.0.2:2"})
+    assert host_of_each_rank() == ["n1", "10.0.0.2", "10.0.0.2"]
+    given(monkeypatch, LAUNCHER)
+    assert host_of_each_rank() == []
+    # mpirun listens where it runs; the address that does not answer is of another network
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"7405568.0;tcp://127.1.2.3,127.0.0.1:{server.getsockname()[1]};tcp6://[fd00::2]:44677"
+        given(monkeypatch, OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
+        with pytest.raises(UserError, match="MASTER_ADDR not set"):
+            read_environment()
+        monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", uri)
+        assert read_environment()["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_the_hosts_of_deepspeed_are_an_argument_of_its_launcher() -> None:
+    world = base64.urlsafe_b64encode(b'{"n1": [0, 1], "n2": [0]}').decode()
+    child = "import megakexue.launcher as l; print(l.host_of_each_rank())"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = run_python(parent, f"--world_info={world}")
+    assert done.stdout == "['n1', 'n1', 'n2']\n", done.stderr
 
 
 REFUSED: list[tuple[Variables, str]] = [

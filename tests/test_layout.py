@@ -19,11 +19,11 @@ FOLDERS = {
     "text": {"config", "files"},  # files and processes, no torch
     "core": {"config"},  # torch, no files and no ranks
     "bundle": {"config", "files", "text", "core"},  # one bundle in one process
-    "run": {"config", "files", "dist", "text", "core", "bundle"},  # ranks and DeepSpeed
+    "run": {"config", "files", "launcher", "facts", "dist", "text", "core", "bundle"},  # ranks and DeepSpeed
 }
 """What each folder may import beside itself: modules of the top, and folders."""
 LEVELS = {
-    "": [{"config"}, {"files", "launcher"}, {"dist"}],
+    "": [{"config"}, {"files", "launcher"}, {"facts", "dist"}],
     "text": [
         {"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards", "progress"},
         {"ledger"},
@@ -43,7 +43,7 @@ LEVELS = {
         {"trace", "grow_report"},
     ],
     "run": [
-        {"order", "source", "records", "guard", "preemption", "zero"},
+        {"order", "source", "records", "guard", "preemption", "zero", "rendezvous"},
         {"rows", "metrics", "state", "folder"},
         {"data", "engine"},
         {"checkpoint"},

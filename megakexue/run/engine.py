@@ -27,7 +27,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
 from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
 from megakexue.run.guard import Guard
+from megakexue.run.rendezvous import join
 from megakexue.run.zero import STAGES, OwnGradients
 
 COMPILE_FROM = 1e15
@@ -115,16 +115,17 @@ class _NoOptimizer(torch.optim.Optimizer):
         pass
 
 
-def start(config: EngineConfig) -> dist.Ranks:
+def start(config: EngineConfig, facts: dict[str, str] | None = None) -> dist.Ranks:
     """Join the world: set up the environment, DeepSpeed's quiet start, and the process group.
 
+    Args:
+        facts: what must be equal on all ranks, from `facts.host_facts`; None: what torch knows is compared alone.
+
     Raises:
-        UserError: the launcher says too little, or what cannot be.
+        UserError, NotAllHere: the launcher says too little or what cannot be; or as `rendezvous.join`.
     """
-    variables = dist.read_environment()
-    # without its address DeepSpeed would look for an MPI
-    is_alone = not {"MASTER_ADDR", "MASTER_PORT"} <= variables.keys()
-    os.environ |= variables
+    os.environ |= dist.read_environment()
+    ranks = dist.read_ranks()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -143,21 +144,16 @@ def start(config: EngineConfig) -> dist.Ranks:
         # numbers below 1e-38 make arithmetic a hundred times slower, and AdamW's moments of rare rows decay to them
         torch.set_flush_denormal(True)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.read_ranks().local_world_size))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     else:
-        torch.cuda.set_device(find_device(index=dist.read_ranks().local_rank))
-    timeout = timedelta(seconds=config.timeout_s)
-    if is_alone and not torch.distributed.is_initialized():
-        # without a port, since another process that starts at the same moment may take the one that was free
-        backend = get_accelerator().communication_backend_name()
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+        torch.cuda.set_device(find_device(index=ranks.local_rank))
+    if not torch.distributed.is_initialized():
+        join(ranks, dict(facts or {}), get_accelerator().communication_backend_name(), config)
+    deepspeed.init_distributed(verbose=False)  # takes the group that is there
     # a garbage collection need not look at what is imported: stage 3 collects when it starts, which took a second
     gc.freeze()
     atexit.register(gc.unfreeze)  # or libraries complain that their objects outlive the interpreter
-    return dist.read_ranks()
+    return ranks
 
 
 def _keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ started again is bit for bit the run that was not; and all ranks leave the loop 
 import dataclasses
 import logging
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from megakexue.core.describe import describe, flops_per_token, product_shapes
 from megakexue.core.device import memory_gib, peak_flops
 from megakexue.core.resolve import resolve_config
 from megakexue.core.schedule import lr_factor
+from megakexue.facts import host_facts
 from megakexue.run import checkpoint
 from megakexue.run.data import Batches, Interrupted
 from megakexue.run.engine import Engine, StepResult, start
@@ -46,8 +48,9 @@ def train(given: Config) -> None:
         UserError: the config, the data or an existing run folder do not fit each other.
         TrainingStopped: the guard ended the run, or its last checkpoint could not be written.
         Preempted: a signal ended it, and it is saved.
+        NotAllHere: ranks are missing at the start.
     """
-    ranks = start(given.engine)
+    ranks = start(given.engine, host_facts(given))
     checkpoint.seed_random_state(given.train.seed + ranks.rank)
     config = resolve_config(given)
     config.train.n_micro_batches(ranks.data_size)  # refuses a batch that does not divide, before any folder is made
@@ -157,6 +160,12 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
         return made
 
     data = batches("train")
+    of_ranks = dist.gather({str(ranks.rank): (socket.gethostname(), data.fingerprint)})
+    for rank, (host, fingerprint) in of_ranks.items():
+        require(  # what hosts have downloaded; local folders were compared at the start
+            fingerprint == of_ranks["0"][1],
+            f"rank {rank} on {host} has other data than rank 0 on {of_ranks['0'][0]}: empty data.cache there",
+        )
     require(  # for remote sources; local ones were checked before torch was imported
         data.vocab_size <= config.model.vocab_size,
         f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the sources",

@@ -466,7 +466,7 @@ def test_a_compiled_layer_keeps_and_launches_little() -> None:
 
 
 def graphs_of_fifty_steps(kinds: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """The graphs that the compiler makes of the blocks, and where it breaks off, over rows of one to seven documents."""
+    """The graphs that the compiler makes of the blocks, and its breaks, over rows of one to seven documents."""
     found = []
     for kind in kinds:
         torch._dynamo.reset()
