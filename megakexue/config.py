@@ -677,6 +677,10 @@ class EngineConfig:
     """What the backward pass computes again instead of keeping it, which saves memory and changes no bit. product: the
     product in SwiGLU, at hardly any cost; feed_forward: SwiGLU's two first products too; block: all but a block's
     input, a third more work. The way to longer rows and larger micro-batches."""
+    sequence_ranks: int = 1
+    """Neighbouring ranks that share rows, for rows that are too long for one: each computes a part of the tokens, and
+    in attention some of the heads (Ulysses). It divides the ranks, model.n_heads and data.seq_len. It may change at a
+    resume."""
     timeout_s: float = 1800.0
     """A collective that waits longer ends the run."""
     rendezvous_s: float = 120.0
@@ -684,7 +688,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        positive(self, "engine.bucket_elements")
+        positive(self, "engine.bucket_elements", "engine.sequence_ranks")
         at_most(self, 2**31 - 1, "engine.bucket_elements")
         seconds(self, "engine.timeout_s")
         seconds(self, "engine.rendezvous_s")
@@ -796,6 +800,7 @@ class Config:
             f"model.rope.context={context} must be at least data.seq_len={self.data.seq_len}: "
             "raise it, or leave it null to follow data.seq_len",
         )
+        self._check_sequence_ranks()
         trained = self.model.rope.trained_context
         require(
             trained is None or trained < (context or self.data.seq_len),
@@ -828,6 +833,16 @@ class Config:
         require(end <= steps, f"optim.warmup_steps + optim.decay_steps = {end} must not be above train.steps={steps}")
         require(
             stop is None or 0 < stop <= steps, f"train.stop_at_step={stop} must be between 1 and train.steps={steps}"
+        )
+
+    def _check_sequence_ranks(self) -> None:
+        size, model = self.engine.sequence_ranks, self.model
+        for key, n in (("model.n_heads", model.n_heads), ("data.seq_len", self.data.seq_len)):
+            require(n % size == 0, f"engine.sequence_ranks={size} must divide {key}={n}")
+        groups = model.n_heads if model.mla or model.n_kv_heads is None else model.n_kv_heads
+        require(
+            groups % size == 0 or size % groups == 0,
+            f"engine.sequence_ranks={size} must divide model.n_kv_heads={groups}, or be a multiple of it",
         )
 
     @property

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -15,7 +16,7 @@ from megakexue.launcher import ALONE, Ranks, read_environment, read_ranks
 
 __all__ = [
     "ALONE", "Ranks", "barrier", "count_over_ranks", "gather", "host_group", "read_environment", "read_ranks",
-    "say_last", "store", "sum_over_ranks",
+    "say_last", "sequence_swap", "store", "sum_over_ranks",
 ]  # fmt: skip
 
 
@@ -45,6 +46,27 @@ def host_group(user: str, timeout_s: float) -> Any:
     if torch_dist.get_world_size() == 1:
         return None
     return torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+class _Swap(torch.autograd.Function):
+    """Send x[i] to rank i of a group, and get what they send to this one; the gradient takes the same way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, received = group, torch.empty_like(x)
+        torch_dist.all_to_all_single(received, x, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Swap.apply(gradient.contiguous(), ctx.group), None
+
+
+def sequence_swap(ranks: Ranks, timeout_s: float) -> Callable[[Tensor], Tensor]:
+    """Make the groups of ranks that share rows, a collective; return the exchange in this rank's own."""
+    timeout = timedelta(seconds=timeout_s)
+    group, _ = torch_dist.new_subgroups(ranks.sequence_size, timeout=timeout)
+    return lambda x: _Swap.apply(x, group)
 
 
 def gather(own: dict[str, Any], group: Any = None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Ranks:
     local_world_size: int
     """Ranks on this node."""
     sequence_size: int = 1
-    """Ranks that share the same rows; there is no more than one yet."""
+    """Ranks that share the same rows: `engine.sequence_ranks`."""
 
     @property
     def is_first(self) -> bool:

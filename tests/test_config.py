@@ -162,6 +162,12 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         (["data.n_prefetch=0"], "data.n_prefetch=0 must be positive"),
         (["data.shuffle_seed=-1"], "data.shuffle_seed=-1 must not be negative"),
         (["data.download_retries=-1"], "data.download_retries=-1 must not be negative"),
+        (["engine.sequence_ranks=3"], "engine.sequence_ranks=3 must divide model.n_heads=4"),
+        (["engine.sequence_ranks=4", "data.seq_len=250"], "engine.sequence_ranks=4 must divide data.seq_len=250"),
+        (
+            ["model.n_heads=12", "model.n_kv_heads=6", "engine.sequence_ranks=4"],
+            "engine.sequence_ranks=4 must divide model.n_kv_heads=6, or be a multiple of it",
+        ),
         (["data.download_timeout_s=0"], "data.download_timeout_s=0.0 must be between 0.001 and 31"),
         (["train.micro_batch_size=3"], "train.global_batch_size=16 must be a multiple of train.micro_batch_size=3"),
         (["train.steps=0"], "train.steps=0 must be positive"),

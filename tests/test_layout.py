@@ -30,7 +30,7 @@ LEVELS = {
         {"prepare"},
     ],
     "core": [
-        {"device"},
+        {"device", "sequence"},
         {"axes", "batch", "bases", "attention", "loss", "schedule", "segments", "rules"},
         {"resolve", "rope", "optim"},
         {"decoder"},

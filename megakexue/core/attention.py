@@ -42,6 +42,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megakexue.config import UserError
+from megakexue.core.sequence import Sequence
 
 Backend = Literal["flash", "varlen", "flex", "sdpa", "blocked", "reference"]
 
@@ -212,6 +213,8 @@ class Layout:
             position s of its only document, and rows may be at different positions.
         repeats: in cached decoding, the query heads that share one key/value head.
         is_absorbed: LatentAttention is to use its absorbed form; `attend` does not read it.
+        sequence: the ranks that share these rows, of whose tokens this one has a part; `positions` and `cu_seqlens` are
+            of the whole rows.
     """
 
     visible: Bool[Tensor, "#b t s"]
@@ -229,8 +232,11 @@ class Layout:
     def __init__(
         self, positions: Int64[Tensor, "b t"], cu_seqlens: Int32[Tensor, " n"] | None, *, backend: Backend,
         dtype: torch.dtype, n_keys: int | None = None, repeats: int = 1, is_absorbed: bool = False,
+        sequence: Sequence | None = None,
     ) -> None:  # fmt: skip
         assert n_keys is None or cu_seqlens is None, "a cache holds one document a row"
+        assert n_keys is None or sequence is None, "a cache holds whole rows"
+        self.sequence = sequence
         self.positions, self.cu_seqlens, self.backend, self.is_absorbed = positions, cu_seqlens, backend, is_absorbed
         self.is_cached, self.n_keys = n_keys is not None, positions.shape[1] if n_keys is None else n_keys
         is_packed = cu_seqlens is not None
@@ -345,6 +351,23 @@ def attend(q: Queries, k: Keys, v: Values, layout: Layout, *, scale: float) -> M
     if backend == "flex" and layout.cu_seqlens is not None:
         return _flex(q, k, v, layout, scale)
     return _sdpa(q, k, v, layout, scale)
+
+
+def attend_shared(q: Queries, k: Keys, v: Values, layout: Layout, *, scale: float) -> Mixed:
+    """Attend as `attend` does, where ranks share the rows: with the tokens of this rank, for the tokens of this rank.
+
+    Where there are fewer key/value heads than ranks, each goes to all ranks that need it.
+    """
+    sequence = layout.sequence
+    if sequence is None:
+        return attend(q, k, v, layout, scale=scale)
+    n_ranks, d, e = sequence.size, q.shape[3], v.shape[3]
+    repeats = max(1, n_ranks // k.shape[2])
+    parts = q, *(x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k, v))
+    q, k, v = sequence.to_heads(*(x.unflatten(2, (n_ranks, -1)).flatten(3) for x in parts))
+    q, k, v = (x.unflatten(2, (-1, width)) for x, width in ((q, d), (k, d), (v, e)))
+    mixed = attend(q, k, v, layout, scale=scale)
+    return sequence.to_tokens(mixed.flatten(2)).unflatten(3, (-1, e)).flatten(2, 3)
 
 
 def _reference(q: Queries, k: Keys, v: Values, layout: Layout, scale: float) -> Mixed:

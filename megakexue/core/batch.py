@@ -7,7 +7,7 @@ What must stay true: no target is BOS or PAD; positions restart exactly where `c
 attention, RoPE and log n see the same documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ class Position:
 class Batch:
     """One micro-batch of one rank, on the CPU."""
 
-    tokens: Int64[Tensor, "b t"]
-    targets: Int64[Tensor, "b t"]
+    tokens: Int64[Tensor, "b u"]
+    targets: Int64[Tensor, "b u"]
     """The next token; IGNORED where that is PAD, or a BOS, which no document can predict."""
     positions: Int64[Tensor, "b t"]
-    """They restart at 0 at each document, at each row, and at the padding that ends a row."""
+    """They restart at 0 at each document, at each row, and at the padding that ends a row. Of all tokens of the rows,
+    also in a `part`; else u = t."""
     cu_seqlens: Int32[Tensor, " n"]
     """The boundaries for varlen attention: where positions restart in the flattened tokens, and last b t."""
     n_targets: int
@@ -46,6 +47,13 @@ class Batch:
         """`cu_seqlens`, or None where each row is one document: then plain causal attention gives the same result, and
         its kernels are cheaper."""
         return None if len(self.cu_seqlens) == len(self.tokens) + 1 else self.cu_seqlens
+
+    def part(self, rank: int, size: int) -> "Batch":
+        """Return these rows with the tokens and targets of one of `size` ranks that share them."""
+        if size == 1:
+            return self
+        tokens, targets = (x.chunk(size, dim=1)[rank].contiguous() for x in (self.tokens, self.targets))
+        return replace(self, tokens=tokens, targets=targets, n_targets=int((targets != IGNORED).sum()))
 
 
 def make_batch(rows: Int64[np.ndarray, "b t1"], samples: list[Position], *, bos_id: int, pad_id: int) -> Batch:

@@ -38,11 +38,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megakexue.config import LossConfig, MlaConfig, Recompute, ResolvedModel
-from megakexue.core.attention import Backend, Layout, attend
+from megakexue.core.attention import Backend, Layout, attend, attend_shared
 from megakexue.core.axes import axes, shape
 from megakexue.core.device import compiled
 from megakexue.core.loss import PLAIN, Losses, Scale, cross_entropy
 from megakexue.core.rope import Rotary, RotaryTables, rotate
+from megakexue.core.sequence import Sequence
 
 # what goes into the model, and what flows from block to block
 Ids = Int64[Tensor, "b t"]
@@ -127,9 +128,16 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = self.project(x, rotary)
         if cache is not None:
             k, v = cache.extend(layout, k, v)
-        return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
+        return functional.linear(self.mix(q, k, v, layout).flatten(2), self.wo)
 
-    def project(self, x: Stream, rotary: Rotary) -> QueriesKeysValues:
+    def sends_latent(self, sequence: Sequence | None) -> bool:
+        return False
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Float[Tensor, "b t h e"]:
+        """Attend with what `project` returns."""
+        return attend_shared(q, k, v, layout, scale=self.scale)
+
+    def project(self, x: Stream, rotary: Rotary, as_latent: bool = False) -> QueriesKeysValues:
         """Return the queries, keys and values of the tokens."""
         q, k, v = (functional.linear(x, w).unflatten(-1, (-1, self.d_head)) for w in (self.wq, self.wk, self.wv))
         if self.similarity != "dot":  # without a gain, which would undo it (9859)
@@ -155,19 +163,38 @@ class LatentAttention(nn.Module):
         self.kv_norm = Norm(mla.d_latent, config.norm_eps)
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        if cache is None:
+            parts = self.project(x, rotary, self.sends_latent(layout.sequence))
+            return functional.linear(self.mix(*parts, layout).flatten(2), self.wo)
         q, latent, k_rope = self._latents(x, rotary)
-        if cache is not None:
-            (kept,) = cache.extend(layout, torch.cat([latent[:, :, None], k_rope], dim=-1))
-            if layout.is_absorbed:
-                return functional.linear(self._absorbed(q, kept, layout).flatten(2), self.wo)
-            latent, k_rope = kept[:, :, 0, : self.mla.d_latent], kept[..., self.mla.d_latent :]
-        k, v = self._expand(latent, k_rope)
+        (kept,) = cache.extend(layout, torch.cat([latent[:, :, None], k_rope], dim=-1))
+        if layout.is_absorbed:
+            return functional.linear(self._absorbed(q, kept, layout).flatten(2), self.wo)
+        k, v = self._expand(kept[:, :, 0, : self.mla.d_latent], kept[..., self.mla.d_latent :])
         return functional.linear(attend(q, k, v, layout, scale=self.scale).flatten(2), self.wo)
 
-    def project(self, x: Stream, rotary: Rotary) -> QueriesKeysValues:
-        """Return the queries, keys and values of the tokens."""
+    def project(self, x: Stream, rotary: Rotary, as_latent: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values of the tokens, or the latent [b, t, c] and the rotary key for these."""
         q, latent, k_rope = self._latents(x, rotary)
-        return q, *self._expand(latent, k_rope)
+        return (q, latent, k_rope) if as_latent else (q, *self._expand(latent, k_rope))
+
+    def sends_latent(self, sequence: Sequence | None) -> bool:
+        """Whether ranks that share rows exchange latents, since these are less than the keys and values of a rank."""
+        mla = self.mla
+        widths = self.n_heads * (mla.d_nope + mla.d_rope + mla.d_value)
+        return sequence is not None and (mla.d_latent + mla.d_rope) * sequence.size < widths
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Float[Tensor, "b t h e"]:
+        """Attend with what `project` returns: keys and values, or, if `sends_latent`, what makes them."""
+        sequence = layout.sequence
+        if sequence is None or not self.sends_latent(sequence):
+            return attend_shared(q, k, v, layout, scale=self.scale)
+        n_ranks, d = sequence.size, q.shape[3]
+        to_all = k[:, :, None].expand(-1, -1, n_ranks, -1), v.expand(-1, -1, n_ranks, -1)
+        q, latent, k_rope = sequence.to_heads(q.unflatten(2, (n_ranks, -1)).flatten(3), *to_all)
+        k, v = self._expand(latent, k_rope[:, :, None], sequence)
+        mixed = attend(q.unflatten(2, (-1, d)), k, v, layout, scale=self.scale)
+        return sequence.to_tokens(mixed.flatten(2)).unflatten(3, (-1, self.mla.d_value)).flatten(2, 3)
 
     def _latents(
         self, x: Stream, rotary: Rotary
@@ -187,11 +214,13 @@ class LatentAttention(nn.Module):
         return q, self.kv_norm(latent), rotate(k_rope[:, :, None], rotary.key)
 
     def _expand(
-        self, latent: Float[Tensor, "b s c"], k_rope: Float[Tensor, "b s 1 p"]
+        self, latent: Float[Tensor, "b s c"], k_rope: Float[Tensor, "b s 1 p"], sequence: Sequence | None = None
     ) -> tuple[Float[Tensor, "b s h d"], Float[Tensor, "b s h e"]]:
-        """Return the keys and values of each head."""
-        k_nope, v = (functional.linear(latent, w).unflatten(-1, (self.n_heads, -1)) for w in (self.wk_up, self.wv_up))
-        return torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1), v
+        """Return the keys and values of each head, or of those of this rank."""
+        n_heads = self.n_heads // (sequence.size if sequence else 1)
+        weights = [w.chunk(sequence.size)[sequence.rank] if sequence else w for w in (self.wk_up, self.wv_up)]
+        k_nope, v = (functional.linear(latent, w).unflatten(-1, (n_heads, -1)) for w in weights)
+        return torch.cat([k_nope, k_rope.expand(-1, -1, n_heads, -1)], dim=-1), v
 
     def _absorbed(
         self, q: Float[Tensor, "b t h d"], kept: Float[Tensor, "b s 1 c_p"], layout: Layout
@@ -235,7 +264,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = Norm(config.d_model, config.norm_eps)
         self.feed_forward_norm = Norm(config.d_model, config.norm_eps)
-        self._compiled: tuple[Callable[..., QueriesKeysValues], Callable[..., Stream]] | None = None
+        self._compiled: tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Stream]] | None = None
         self.recompute: Recompute = "none"
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
@@ -246,8 +275,8 @@ class Block(nn.Module):
     def _forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
         if self._compiled and cache is None:  # decoding is eager: each length would be another graph
             before, after = self._compiled
-            q, k, v = before(x, rotary)
-            return after(x, attend(q, k, v, layout, scale=self.attention.scale))
+            parts = before(x, rotary, self.attention.sends_latent(layout.sequence))
+            return after(x, self.attention.mix(*parts, layout))
         return self._rest(x, self.attention(self._attention_input(x), rotary, layout, cache))
 
     def _attention_input(self, x: Stream) -> Stream:
@@ -271,8 +300,8 @@ class Block(nn.Module):
         """
         self._compiled = compiled(self._before), compiled(self._after)
 
-    def _before(self, x: Stream, rotary: Rotary) -> QueriesKeysValues:
-        return self.attention.project(self._attention_input(x), rotary)
+    def _before(self, x: Stream, rotary: Rotary, as_latent: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self._attention_input(x), rotary, as_latent)
 
     def _after(self, x: Stream, mixed: Float[Tensor, "b t h e"]) -> Stream:
         return self._rest(x, functional.linear(mixed.flatten(2), self.attention.wo))
@@ -320,7 +349,7 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Ids, positions: Ids, cu_seqlens: Int32[Tensor, " n"] | None = None, targets: Ids | None = None,
         gradient_scale: Scale = 1.0, caches: list[Cache] | None = None, n_positions: int | None = None,
-        loss: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None,
+        loss: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None, sequence: Sequence | None = None,
     ) -> Float[Tensor, "b t v"] | Losses:  # fmt: skip
         """Return logits [b, t, v], or with `targets` the sums of the losses; both float32 (logits of float64: float64).
 
@@ -330,8 +359,10 @@ class Decoder(nn.Module):
             gradient_scale, loss, emo_rows: see `megakexue.core.loss.cross_entropy`.
             caches: one per layer, for decoding: tokens follow those already in it, and a query at position p sees the
                 tokens at positions up to p of its row.
+            sequence: the ranks that share these rows: tokens and targets are this rank's part of them, and `positions`
+                and `cu_seqlens` are of the whole rows.
         """
-        hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions)
+        hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions, sequence)
         return self.head(hidden, targets, gradient_scale, loss, emo_rows)
 
     def set_recompute(self, what: Recompute) -> None:
@@ -347,17 +378,18 @@ class Decoder(nn.Module):
 
     def hidden(
         self, tokens: Ids, positions: Ids, cu_seqlens: Int32[Tensor, " n"] | None = None,
-        caches: list[Cache] | None = None, n_positions: int | None = None,
+        caches: list[Cache] | None = None, n_positions: int | None = None, sequence: Sequence | None = None,
     ) -> Stream:  # fmt: skip
         """Return what the head multiplies; arguments as in `forward`."""
-        n_positions = n_positions or tokens.shape[1]
-        rotary, x = self.rotary(positions, n_positions), self.embedding(tokens)
+        n_positions = n_positions or positions.shape[1]
+        rotary = self.rotary(sequence.own(positions) if sequence else positions, n_positions)
+        x = self.embedding(tokens)
         # the first tokens in a cache are a row of one document, for which the kernels need no mask
         config, n_keys = self.config, n_positions if caches and n_positions > tokens.shape[1] else None
         is_absorbed = bool(n_keys and config.mla and is_absorbed_cheaper(config.mla, tokens.shape[1], n_keys))
         layout = Layout(
             positions, cu_seqlens, backend=self.backend, dtype=x.dtype, n_keys=n_keys, is_absorbed=is_absorbed,
-            repeats=config.n_heads if is_absorbed else config.n_heads // config.n_groups,
+            repeats=config.n_heads if is_absorbed else config.n_heads // config.n_groups, sequence=sequence,
         )  # fmt: skip
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, layout, caches[i] if caches else None)

@@ -160,7 +160,10 @@ def describe(given: Config, config: ResolvedConfig, world_size: int, more: dict[
     """
     model, train, stage = config.model, config.train, config.engine.zero_stage
     state = {name: size / 2**20 for name, size in model_state_bytes(config, world_size).items()}
-    ranks = f"{world_size} ranks x {train.n_micro_batches(world_size)} micro-batches x {train.micro_batch_size}"
+    size = config.engine.sequence_ranks
+    n_data_ranks = world_size // size
+    ranks = f"{n_data_ranks} x {size} ranks" if size > 1 else f"{world_size} ranks"
+    ranks += f" x {train.n_micro_batches(n_data_ranks)} micro-batches x {train.micro_batch_size}"
     tokens, n = config.batch_tokens * train.steps, n_parameters(model)
     flops = flops_per_token(model, (config.data.seq_len + 1) / 2)
     rope = f"rope base {model.rope.base:.6g} on {model.rotary_width} of {model.head_width}"

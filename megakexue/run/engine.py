@@ -44,6 +44,7 @@ from megakexue.core.loss import unit_rows
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
 from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
+from megakexue.core.sequence import Sequence
 from megakexue.run.guard import Guard
 from megakexue.run.rendezvous import join
 from megakexue.run.zero import STAGES, OwnGradients
@@ -153,7 +154,12 @@ def start(config: EngineConfig, facts: dict[str, str] | None = None) -> dist.Ran
     # a garbage collection need not look at what is imported: stage 3 collects when it starts, which took a second
     gc.freeze()
     atexit.register(gc.unfreeze)  # or libraries complain that their objects outlive the interpreter
-    return ranks
+    size = config.sequence_ranks
+    require(
+        ranks.world_size % size == 0,
+        f"engine.sequence_ranks={size} must divide the {ranks.world_size} ranks: start a multiple of {size} ranks",
+    )
+    return replace(ranks, sequence_size=size)
 
 
 def _keep_freed_memory() -> None:
@@ -261,6 +267,10 @@ class Engine:
         cut = sorted({row for rows in of_ranks.values() for row in rows})
         tensors = self.segments, layout.flats
         self.optimizer = Optimizer(config.optim, *tensors, parameter_names(model), cut, layout.shares)
+        self._sequence: Sequence | None = None
+        if ranks.sequence_size > 1:
+            swap = dist.sequence_swap(ranks, config.engine.timeout_s)
+            self._sequence = Sequence(rank=ranks.sequence_rank, size=ranks.sequence_size, swap=swap)
         self._copies = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._emo_rows: Tensor | None = None
         self._readers: list[Callable[[], None]] = []
@@ -348,6 +358,7 @@ class Engine:
             between: called between micro-batches as long as nothing has changed; may raise to give the step up.
         """
         assert len(batches) == self.n_micro_batches
+        batches = [self._part(batch) for batch in batches]
         self._engine.train()
         if self._own_gradients:
             self._own_gradients.begin_step()
@@ -464,6 +475,7 @@ class Engine:
     def _backward(self, batch: Batch, scale: Tensor) -> Tensor:
         """Take a micro-batch through the model and back; return the sum of its cross-entropy, float32."""
         options = {"gradient_scale": scale, "loss": self.config.loss, "emo_rows": self._emo_rows}
+        options["sequence"] = self._sequence
         losses = self._engine(*self._inputs(batch), **options)
         self._engine.backward(losses.objective * scale, scale_wrt_gas=False)
         return losses.cross_entropy
@@ -506,9 +518,9 @@ class Engine:
 
     @torch.no_grad()
     def evaluation_loss(self, batch: Batch) -> Tensor:
-        """Return the sum of the cross-entropy of this rank's micro-batch, float32, on its device."""
+        """Return the sum of the cross-entropy of this rank's part of a micro-batch, float32, on its device."""
         self._engine.eval()
-        return self._engine(*self._inputs(batch)).cross_entropy
+        return self._engine(*self._inputs(self._part(batch)), sequence=self._sequence).cross_entropy
 
     def validation_loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (mean loss in nats, target tokens) over the micro-batches of all ranks, on every rank.
@@ -521,9 +533,13 @@ class Engine:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
             loss = self.evaluation_loss(batch)
-            total += torch.stack([loss.double(), loss.new_tensor(batch.n_targets, dtype=torch.float64)])
+            total += torch.stack([loss.double(), loss.new_tensor(self._part(batch).n_targets, dtype=torch.float64)])
         loss_sum, n_tokens = dist.sum_over_ranks(total).tolist()
         return loss_sum / max(1, n_tokens), int(n_tokens)
+
+    def _part(self, batch: Batch) -> Batch:
+        """The tokens and targets of this rank in rows that it shares with others."""
+        return batch.part(self.ranks.sequence_rank, self.ranks.sequence_size)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
         """Tokens, positions, boundaries and targets on the device."""

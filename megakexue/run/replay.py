@@ -22,7 +22,7 @@ to rounding, since those that flow together at a module's input are added up in 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,8 @@ class Dump:
         # these sections alone: the others say nothing about the computation
         self.model = build(ResolvedModel, config["model"], where=where)
         self.loss = build(LossConfig, config["loss"], where=where)
-        self.dtype = build(EngineConfig, config["engine"], where=where).dtype
+        engine = build(EngineConfig, config["engine"], where=where)
+        self.dtype, self._sequence_size = engine.dtype, engine.sequence_ranks
         self._names = [checkpoint.file_name(rank) for rank in range(self.world_size)]
         lost = [name for name in self._names if name not in files]
         require(not lost, f"{folder}: world_size={self.world_size}, but manifest.json lacks {lost}: copy it again")
@@ -192,7 +193,11 @@ class Dump:
 
     def n_targets(self) -> int:
         """Target tokens of the whole step, over all ranks and micro-batches."""
-        return sum(batch.n_targets for rank in range(self.world_size) for batch in self.batches(rank))
+        return sum(batch.n_targets for rank in self.with_rows(range(self.world_size)) for batch in self.batches(rank))
+
+    def with_rows(self, ranks: Iterable[int]) -> list[int]:
+        """Return the ranks whose rows are those of `ranks`: of some that share rows, the first one."""
+        return sorted({rank - rank % self._sequence_size for rank in ranks})
 
     def batches(self, rank: int) -> Iterator[Batch]:
         """Yield the micro-batches of a rank in their order; their `samples` are not in the dump."""
@@ -230,11 +235,12 @@ def replay(
     dtype = dtype or dump.dtype
     for rank in ranks or []:
         require(0 <= rank < dump.world_size, f"--rank {rank}: the dump has ranks 0 to {dump.world_size - 1}")
-    chosen = sorted(set(ranks)) if ranks else list(range(dump.world_size))
+    everybody = dump.with_rows(range(dump.world_size))
+    chosen = dump.with_rows(ranks) if ranks else everybody
     model, notes = _model(dump, device, DTYPES[dtype])
     loss, left_out = dump.loss, []
-    if len(chosen) < dump.world_size:
-        left_out.append(f"the work of {dump.world_size - len(chosen)} of {dump.world_size} ranks")
+    if len(chosen) < len(everybody):
+        left_out.append(f"the work of {len(everybody) - len(chosen)} of {len(everybody)} ranks")
     if loss.emo:
         loss = replace(loss, emo=False, emo_max_ratio=LossConfig().emo_max_ratio)
         left_out.append("EMO (loss.emo)")

@@ -19,8 +19,9 @@ from megakexue.run.state import Differences, TrainerState, differences, plain, s
 
 HARMLESS = (
     "train.run", "train.stop_at_step", "train.accept_changes", "train.micro_batch_size", "train.seed",
-    "train.init_", "engine.zero_stage", "engine.bucket_elements", "engine.recompute", "engine.timeout_s",
-    "engine.rendezvous_s", "metrics.", "checkpoint.", "evaluate.", "data.", "model.attention.backend",
+    "train.init_", "engine.zero_stage", "engine.bucket_elements", "engine.recompute", "engine.sequence_ranks",
+    "engine.timeout_s", "engine.rendezvous_s", "metrics.", "checkpoint.", "evaluate.", "data.",
+    "model.attention.backend",
 )  # fmt: skip
 """Keys, or sections, that leave the run what it is: where and how it is computed, shown and kept. What they name (data,
 bundle) is compared by its content."""
@@ -110,7 +111,7 @@ def _asked(old: TrainerState, own: TrainerState, found: Differences, config: Res
     if every in found and "rollback" in (config.guard.on_nonfinite, config.guard.on_spike):  # it goes back to that one
         asked[every] = found[every]
     lines = dict(zip(asked, shown(asked)))
-    cuts = [(state.config["train"].get("micro_batch_size"), state.world_size) for state in (old, own)]
+    cuts = [(state.config["train"].get("micro_batch_size"), _n_data_ranks(state)) for state in (old, own)]
     if config.optim.accumulate == "momentum" and cuts[0] != cuts[1]:
         lines["train.micro_batch_size"] = (
             f"train.micro_batch_size: {cuts[0][0]} rows on {cuts[0][1]} ranks -> {cuts[1][0]} on {cuts[1][1]}, and "
@@ -119,6 +120,10 @@ def _asked(old: TrainerState, own: TrainerState, found: Differences, config: Res
     if old.data != own.data:
         lines["data"] = "data: other rows, weights, data.shuffle or data.shuffle_seed, so its position means nothing"
     return lines
+
+
+def _n_data_ranks(state: TrainerState) -> int:
+    return state.world_size // state.config["engine"].get("sequence_ranks", 1)
 
 
 def changes_since(old: TrainerState, own: TrainerState) -> list[str]:

@@ -183,7 +183,9 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
             describe_run(folder, config, engine.deepspeed_config, source)
             metrics = stack.enter_context(Metrics(folder, config.metrics, n_steps=config.train.steps, **at))
     if metrics:
-        shapes = product_shapes(config.model, config.train.micro_batch_size * config.data.seq_len)
+        shapes = product_shapes(
+            config.model, config.train.micro_batch_size * config.data.seq_len // ranks.sequence_size
+        )
         peak, peak_source = peak_flops(config.metrics, engine.device, engine.dtype, shapes)
         more = {
             "attention": f"{engine.module.backend}: {engine.backend_reason}",

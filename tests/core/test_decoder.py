@@ -367,7 +367,7 @@ def test_scores_are_the_formulas(kind: str, scale: str, similarity: str, monkeyp
         return q.new_zeros(*q.shape[:3], v.shape[3])
 
     layout = Layout(positions, None, backend="reference", dtype=torch.float64)
-    monkeypatch.setattr(decoder, "attend", attend)
+    monkeypatch.setattr(decoder, "attend_shared", attend)
     attention_of(model)(x, model.rotary(positions, 90), layout, None)
     # the same attention with neither factor nor normalisation, which are put in by hand
     plain_config = tiny(attention=AttentionConfig(scale="constant"), **KINDS[kind])
@@ -381,7 +381,7 @@ def test_scores_are_the_formulas(kind: str, scale: str, similarity: str, monkeyp
         vectors.extend([q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)])
         return q.new_zeros(*q.shape[:3], v.shape[3])
 
-    monkeypatch.setattr(decoder, "attend", keep)
+    monkeypatch.setattr(decoder, "attend_shared", keep)
     attention_of(plain)(x, plain.rotary(positions, 90), layout, None)
     q, k = vectors
     if similarity != "dot":

@@ -346,6 +346,33 @@ def test_two_ranks_with_the_same_rows_are_one_rank(prepared: Prepared) -> None:
                     assert torch.equal(whole[kind][name], value), what
 
 
+def sharing_rows(prepared: Prepared, **kind: Any) -> ResolvedConfig:
+    config = make_config(prepared, rows=4, **kind)
+    return replace(config, engine=replace(config.engine, sequence_ranks=2))
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_rows_are_one_rank(prepared: Prepared) -> None:
+    absorbed = TIGER | {"accumulate": "momentum"}
+    kinds: list[dict[str, Any]] = [
+        dict(stage=1, optim=ADAMW, steps=20), dict(stage=2, optim=ADAMW, steps=20, mla=True),
+        dict(stage=3, optim=TIGER, steps=20), dict(stage=2, optim=absorbed, steps=3),
+        dict(stage=0, optim=TIGER, steps=3, dtype="bf16"), dict(stage=3, optim=TIGER, steps=3, dtype="bf16", mla=True),
+    ]  # fmt: skip
+    shared = [sharing_rows(prepared, **kind) for kind in kinds]
+    one = [make_config(prepared, rows=4, **kind) for kind in kinds]
+    ((first, second),) = [run_on_ranks(2, many_cases, [(config, False) for config in shared])]
+    (expected,) = run_on_ranks(1, many_cases, [(config, False) for config in one])
+    for config, a, b, want in zip(one, first, second, expected, strict=True):
+        rel = 1e-6 if config.engine.dtype == "fp32" else 2e-3
+        assert a["results"] == b["results"], where(config)
+        for got, result in zip(a["results"], want["results"], strict=True):
+            assert got.n_targets == result.n_targets and got.status == result.status == "applied"
+            assert got.loss == pytest.approx(result.loss, rel=rel), where(config)
+            assert got.grad_norm == pytest.approx(result.grad_norm, rel=20 * rel), where(config)
+        assert a["evaluation"] + b["evaluation"] == pytest.approx(want["evaluation"], rel=rel), where(config)
+
+
 def by_itself(configs: list[ResolvedConfig], spoilt: list[ResolvedConfig]) -> tuple[list[Any], list[list[Any]]]:
     return many_cases([(config, False) for config in configs]), inject_into_gradients(spoilt)
 

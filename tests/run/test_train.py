@@ -197,7 +197,7 @@ def train_poisoned(config: Config, factors: dict[int, float]) -> str:
     from megakexue.run.train import train
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    n_micro_batches = config.train.n_micro_batches(world_size)
+    n_micro_batches = config.train.n_micro_batches(world_size // config.engine.sequence_ranks)
     forward, n_calls = Embedding.forward, 0
     folders = (Path(config.train.run) / "checkpoints").glob("step_*")
     first = max((int(path.name[5:]) for path in folders), default=0)
@@ -407,6 +407,35 @@ def test_other_ranks_and_other_stages_go_on_with_the_same_run(prepared: Prepared
         (6, ["engine.zero_stage 3 -> 0", "ranks 1 -> 3 (from rank 1 on with random states of their own)"]),
         (9, ["engine.zero_stage 0 -> 2", "ranks 3 -> 2"]),
     ]
+
+
+@pytest.mark.slow
+def test_ranks_may_share_rows_from_one_start_to_the_next(prepared: Prepared, tmp_path: Path) -> None:
+    import torch
+
+    from megakexue.run.replay import Dump, replay
+
+    options = ["train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=9", "metrics.tensorboard=false"]
+    run_on_ranks(1, train_all, [tiny_config(prepared, tmp_path / "one", *options)])
+    for data_ranks, sequence_ranks, stop in ((2, 2, 3), (4, 1, 6), (1, 2, 9)):
+        config = tiny_config(
+            prepared, tmp_path / "shared", *options, f"engine.sequence_ranks={sequence_ranks}",
+            f"train.stop_at_step={stop}",
+        )  # fmt: skip
+        run_on_ranks(data_ranks * sequence_ranks, train_all, [config])
+    for got, want in zip(column(tmp_path / "shared"), column(tmp_path / "one"), strict=True):
+        for key, value in want.items():
+            if isinstance(value, float):
+                assert got[key] == pytest.approx(value, rel=2e-5, abs=1e-7), key
+    poisoned = tiny_config(
+        prepared, tmp_path / "bad", *options, "engine.sequence_ranks=2", "guard.on_nonfinite=stop", "train.steps=4",
+        "optim.warmup_steps=0",
+    )  # fmt: skip
+    said = run_on_ranks(2, train_poisoned, poisoned, {2: math.nan})
+    # in attention the number of one rank reaches the other's heads
+    assert said[0] == said[1] and "guard.on_nonfinite=stop ends the run here" in said[0], said
+    found = replay(Dump(tmp_path / "bad" / "dumps" / "step_00000002"), device=torch.device("cpu"))
+    assert found.left_out == [] and len(found.micro_batches) == 4, found
 
 
 def test_a_bad_step_names_its_first_tensor_and_the_ranks_where_it_began() -> None:
