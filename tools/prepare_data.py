@@ -36,7 +36,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="file, folder or quoted glob")
     parser.add_argument("--tokenizer", required=True, type=Path, help="model file of tools/train_tokenizer.py")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--seq-len", required=True, type=as_integer, help="tokens of a row that training predicts")
+    parser.add_argument(
+        "--seq-len",
+        required=True,
+        type=as_integer,
+        help="tokens of a row that training predicts; a run may take a divisor of it",
+    )
     parser.add_argument(
         "--packing",
         choices=("concat", "best_fit"),

@@ -1,5 +1,8 @@
 """The rows of all sources, read by number: the shards of all sources in one line, and the few of them that are open.
 
+A prepared row makes one row or several of an equal length, whose last tokens are the first ones of the next: each token
+is predicted once, whatever the length.
+
 What must stay true: a row of the order is the same row here, since both number the rows of all sources shard by shard;
 at most MAX_OPEN_SHARDS files are open; one thread reads at a time, and the others wait for it.
 """
@@ -31,9 +34,10 @@ class Rows:
         """The shard that was read last or is being read, and when that began."""
 
     def locate(self, row: int) -> str:
-        """Name the source, the shard and the row in the shard."""
-        source, index, row = self._find(row)[1:]
-        return f"{source.name(index)} row {row}"
+        """Name the source, the shard, the row in the shard, and its part where it makes several."""
+        _, source, index, row = self._find(row)
+        row, part = divmod(row, source.n_parts)
+        return f"{source.name(index)} row {row}" + (f" part {part}" if source.n_parts > 1 else "")
 
     def shards_of(self, rows: Ints) -> list[int]:
         """Return the shards that hold these rows, each once, in order; `fetch` takes them."""
@@ -53,8 +57,11 @@ class Rows:
                 self._open_shard(shard)
             self._open.move_to_end(shard)
             file, offsets = self._open[shard]
+            row, part = divmod(row, source.n_parts)
             begin, end = int(offsets[row]), int(offsets[row + 1])
-            return source.shards[index].decode_sample(os.pread(file, end - begin, begin))["tokens"]
+            tokens = source.shards[index].decode_sample(os.pread(file, end - begin, begin))["tokens"]
+            length = (len(tokens) - 1) // source.n_parts
+            return tokens[part * length : (part + 1) * length + 1]
 
     def close(self) -> None:
         """Close the files. A later `read` opens them again."""
@@ -64,10 +71,10 @@ class Rows:
             self._lock.release()
 
     def _find(self, row: int) -> tuple[int, Source, int, int]:
-        """Return the shard, its source, its index there, and the row in the shard."""
+        """Return the shard, its source, its index there, and the row among those that the shard makes."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         source, index = self._shards[shard]
-        return shard, source, index, row - int(self._ends[shard]) + source.shards[index].samples
+        return shard, source, index, row - int(self._ends[shard]) + int(source.shard_rows[index])
 
     def _open_shard(self, shard: int) -> None:
         source, index = self._shards[shard]

@@ -36,7 +36,7 @@ from streaming.base.world import World
 
 from megakexue.config import DataConfig, SourceConfig, UserError, require
 from megakexue.files import lock, temporary_folder, writing
-from megakexue.text.manifest import Manifest, check_tokenizer, read_manifest
+from megakexue.text.manifest import Manifest, check_tokenizer, read_manifest, rows_divided
 
 log = logging.getLogger("megakexue")
 
@@ -63,20 +63,23 @@ class Source:
         require(source.is_remote or Path(self.remote).is_dir(), f"data.sources: no such folder: {source.path}")
 
         self.manifest = self._read_manifest()
-        self.n_rows = self.manifest.n_rows(split)
-        self.shards: list[MDSReader] = self._read_index() if self.n_rows else []
+        self.n_parts = rows_divided(self.manifest, source.path, config.seq_len)
+        """Rows of this run that a prepared row makes."""
+        n_prepared = self.manifest.n_rows(split)
+        self.shards: list[MDSReader] = self._read_index() if n_prepared else []
         rows = [shard.samples for shard in self.shards]
-        is_sound = all(isinstance(n, int) and 0 <= n <= self.n_rows for n in rows)
+        is_sound = all(isinstance(n, int) and 0 <= n <= n_prepared for n in rows)
         require(
             is_sound, f"data source {self.path}: {split}/index.json is damaged: a shard's rows are no number of rows"
         )
-        self.shard_rows = np.array(rows, dtype=np.int64)
-        found = int(self.shard_rows.sum())
+        found = sum(rows)
         require(
-            found == self.n_rows,
-            f"data source {self.path}: {split}/index.json has {found} rows but manifest.json says {self.n_rows}: "
+            found == n_prepared,
+            f"data source {self.path}: {split}/index.json has {found} rows but manifest.json says {n_prepared}: "
             "the copy is incomplete; copy it again or prepare the data again",
         )
+        self.shard_rows = np.array(rows, dtype=np.int64) * self.n_parts
+        self.n_rows = n_prepared * self.n_parts
         self.is_cached = source.is_remote or any(shard.compression for shard in self.shards)
         name = f"{Path(self.remote).name}-{hashlib.sha256(self.remote.encode()).hexdigest()[:8]}"
         self.folder = (cache / "shards" / name if self.is_cached else Path(self.remote)) / split
@@ -125,14 +128,14 @@ class Source:
             readers = self._attempt(f"{self.split}/index.json", get_shards)
         shards = [reader for reader in readers if isinstance(reader, MDSReader)]
         require(shards == readers, f"data source {self.path}: {self.split} is not in MDS format: prepare it again")
-        wanted = [f"ndarray:{dtype}:{self.config.seq_len + 1}" for dtype in ("uint16", "uint32")]
+        wanted = [f"ndarray:{dtype}:{self.manifest.seq_len + 1}" for dtype in ("uint16", "uint32")]
         for shard in shards:
             columns = dict(zip(shard.column_names, shard.column_encodings))
             require(
                 list(columns) == ["tokens"] and columns["tokens"] in wanted,
                 f"data source {self.path}: the rows of {self.split}/{shard.raw_data.basename} are {columns}, but "
-                f"data.seq_len={self.config.seq_len} needs {{'tokens': '{wanted[0]}'}} or uint32: "
-                "change data.seq_len or prepare the data again",
+                f"seq_len={self.manifest.seq_len} of manifest.json needs {{'tokens': '{wanted[0]}'}} or uint32: "
+                "prepare the data again",
             )
         return shards
 

@@ -20,7 +20,7 @@ class Manifest:
     vocab_size: int
     """Pieces of the tokenizer."""
     seq_len: int
-    """Tokens in a row that the model sees: a row has one more."""
+    """Tokens in a row that a model sees: a row has one more."""
     bos_id: int
     eos_id: int
     pad_id: int
@@ -51,6 +51,16 @@ def read_manifest(folder: str | Path, copy: Path | None = None) -> Manifest:
     return manifest
 
 
+def rows_divided(manifest: Manifest, folder: str | Path, seq_len: int) -> int:
+    """Return how many rows of `seq_len` tokens a prepared row makes. Raises UserError: it cannot be divided so."""
+    require(
+        manifest.seq_len % seq_len == 0,
+        f"data.seq_len={seq_len} does not divide the rows of {folder} (seq_len={manifest.seq_len}): set it to "
+        f"{manifest.seq_len} or a divisor of it, or prepare the data again",
+    )
+    return manifest.seq_len // seq_len
+
+
 def check_tokenizer(manifest: Manifest, folder: str | Path, tokenizer: str) -> None:
     """Refuse data that was not prepared with `data.tokenizer`. Raises UserError."""
     digest = sha256(tokenizer)
@@ -78,11 +88,7 @@ def check_inputs(config: Config) -> None:
         )
         manifest = read_manifest(folder)
         check_tokenizer(manifest, folder, config.data.tokenizer)
-        require(
-            manifest.seq_len == config.data.seq_len,
-            f"data.seq_len={config.data.seq_len} differs from the rows of {folder} (seq_len={manifest.seq_len}): "
-            "change data.seq_len or prepare the data again",
-        )
+        rows_divided(manifest, folder, config.data.seq_len)
         require(
             manifest.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} is below the {manifest.vocab_size} pieces of the tokenizer: "

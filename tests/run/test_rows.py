@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from streaming import MDSWriter
 
 import megakexue.run.rows as rows_module
+from megakexue.core.batch import make_batch
 from megakexue.run.rows import Rows
 from megakexue.run.source import Source
-from tests.sources import T, data_config, open_batches, tokens_of, write_source
+from tests.sources import BOS, PAD, VOCAB, T, data_config, open_batches, tokens_of, write_source
 
 pytestmark = pytest.mark.usefixtures("close_batches")
 
@@ -40,6 +42,33 @@ def test_a_sample_can_be_found_on_disk(tmp_path: Path) -> None:
         index = json.loads((tmp_path / "a/train/index.json").read_text())["shards"]
         before = sum(shard["samples"] for shard in index if shard["raw_data"]["basename"] < Path(name).name)
         assert Path(name).is_file() and rows[before + int(row), :-1].tolist() == tokens
+
+
+def test_a_prepared_row_makes_rows_of_any_length_that_divides_it(tmp_path: Path) -> None:
+    written = write_source(tmp_path / "a", 6, t=4 * T, size_limit=700)["train"]
+    config = data_config(tmp_path / "a", shuffle=False)
+    batches = open_batches(config, tmp_path, global_batch_size=24, micro_batch_size=24)
+    assert (batches.n_rows, batches.vocab_size) == (24, VOCAB)
+    (batch,) = batches.next_step()
+    # each token of a prepared row is an input once, and each one after its first a target once
+    assert batch.tokens.view(6, 4 * T).tolist() == written[:, :-1].tolist()
+    whole = make_batch(written, [], bos_id=BOS, pad_id=PAD)
+    assert torch.equal(batch.targets.view(6, -1), whole.targets) and batch.n_targets == whole.n_targets
+    assert not batch.positions[:, 0].any()
+    assert [batches.locate(s).split("row ")[1] for s in batch.samples[:5]] == [
+        "0 part 0", "0 part 1", "0 part 2", "0 part 3", "1 part 0",
+    ]  # fmt: skip
+    # another length means other rows, so a position of the one means nothing in the other
+    assert open_batches(data_config(tmp_path / "a", seq_len=2 * T), tmp_path).fingerprint != batches.fingerprint
+
+
+def test_sources_of_different_lengths_make_one_mixture(tmp_path: Path) -> None:
+    long = write_source(tmp_path / "long", 10, t=2 * T)["train"]
+    short = write_source(tmp_path / "short", 30, seed=1)["train"]
+    batches = open_batches(data_config(tmp_path / "long", tmp_path / "short"), tmp_path, global_batch_size=10)
+    rows = [tokens for _ in range(5) for tokens in tokens_of([batches.next_step()])]
+    expected = [*long[:, :-1].reshape(20, T).tolist(), *short[:, :-1].tolist()]
+    assert sorted(rows) == sorted(map(tuple, expected)) or sorted(map(list, rows)) == sorted(expected)
 
 
 def test_uint32_rows_and_wait_time(tmp_path: Path) -> None:

@@ -68,9 +68,11 @@ def test_manifest_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_rows_of_another_width(tmp_path: Path) -> None:
     write_source(tmp_path / "a", 20, t=8)
-    with pytest.raises(
-        UserError, match=r"are \{'tokens': 'ndarray:uint16:9'\}, but data.seq_len=16 needs .*uint16:17'"
-    ):
+    with pytest.raises(UserError, match=r"data.seq_len=16 does not divide the rows of .*a \(seq_len=8\): set it to"):
+        open_batches(data_config(tmp_path / "a"), tmp_path)
+    manifest = tmp_path / "a" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seq_len": 8', '"seq_len": 16'))
+    with pytest.raises(UserError, match=r"are \{'tokens': 'ndarray:uint16:9'\}, but seq_len=16 of .*uint16:17'"):
         open_batches(data_config(tmp_path / "a"), tmp_path)
 
 

@@ -28,7 +28,7 @@ def test_inputs_that_do_not_fit(prepared: Prepared, tmp_path: Path) -> None:
         f"data.sources=[{{path: {tmp_path}}}]": "has no manifest.json: make the folder with tools/prepare_data.py",
         f"data.sources=[{{path: {broken}}}]": "cannot read the manifest of prepared data",
         f"data.sources=[{{path: {empty}}}]": "prepare the data again",
-        "data.seq_len=128": "data.seq_len=128 differs from the rows of",
+        "data.seq_len=128": "data.seq_len=128 does not divide the rows of",
         "model.vocab_size=300": "model.vocab_size=300 is below the 512 pieces of the tokenizer",
     }.items():
         with pytest.raises(UserError) as error:
