@@ -441,8 +441,8 @@ class DataConfig:
     tokenizer: Place
     """Path of the tokenizer.model that the sources were prepared with. Its hash is checked."""
     seq_len: int
-    """Tokens in a row that the model sees. It divides the row length that tools/prepare_data.py was given, in each source:
-    a prepared row makes one row or several."""
+    """Tokens in a row that the model sees: the row length that tools/prepare_data.py was given, or a divisor of it, so
+    that a prepared row makes several."""
     shuffle: bool = True
     shuffle_seed: int = 0
     cache: Place | None = None

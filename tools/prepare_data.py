@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seq-len",
         required=True,
         type=as_integer,
-        help="tokens of a row that training predicts; a run may take a divisor of it",
+        help="tokens of a row; a run may take a divisor of it",
     )
     parser.add_argument(
         "--packing",
