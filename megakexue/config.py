@@ -42,6 +42,10 @@ Recompute = Literal["none", "product", "feed_forward", "block"]
 IGNORED = -100
 """The target of a position that predicts nothing."""
 
+LOSS_CHUNK = {"cpu": 512, "cuda": 4096}
+"""Tokens whose logits exist at a time in the loss, by device. CPU: they fit the cache; CUDA: few launches, and products
+that are fast."""
+
 PREEMPTED = 75
 """Exit code of a run that was ended by a signal and has saved itself. It is EX_TEMPFAIL of sysexits.h: try again."""
 
@@ -591,6 +595,16 @@ class OptimConfig:
             f"optim.decay_steps={self.decay_steps} does not fit optim.schedule={self.schedule}: "
             "wsd needs it, the others do not use it",
         )
+
+    def rule(self, role: str) -> str:
+        """Return the rule that moves a parameter of this role of the axis table: tiger, lion or adamw."""
+        return "adamw" if role == "embedding" and self.embedding == "adamw" else self.name
+
+    def state_dtypes(self, role: str) -> dict[str, str]:
+        """Return the state tensors that a parameter of this role has beside its master, and their dtypes by name."""
+        if self.rule(role) == "adamw":
+            return {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+        return {"momentum": self.momentum_dtype}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,8 @@ from megakexue.config import (
     read_yaml,
     to_yaml,
 )
+from megakexue.core.costs import n_parameters
 from megakexue.core.decoder import Decoder
-from megakexue.core.describe import n_parameters
 from megakexue.core.resolve import resolve, resolve_optim
 from tests.conftest import Prepared
 from tests.helpers import ROOT

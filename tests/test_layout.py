@@ -30,9 +30,9 @@ LEVELS = {
         {"prepare"},
     ],
     "core": [
-        {"device", "sequence"},
-        {"axes", "batch", "bases", "attention", "loss", "schedule", "segments", "rules"},
-        {"resolve", "rope", "optim"},
+        {"device", "axes", "sequence"},
+        {"costs", "batch", "bases", "attention", "loss", "schedule", "segments", "rules"},
+        {"resolve", "rope", "optim", "plan"},
         {"decoder"},
         {"describe"},
     ],
@@ -154,9 +154,11 @@ def test_each_package_has_one_owner(package: str) -> None:
     assert users == OWNERS[package]
 
 
-def test_text_and_config_do_without_torch() -> None:
+def test_text_config_and_costs_do_without_torch() -> None:
     names = [
-        f"megakexue.{name}" for name in MODULES if folder_of(name) == "text" or name in ("config", "files", "launcher")
+        f"megakexue.{name}"
+        for name in MODULES
+        if folder_of(name) == "text" or name in ("config", "files", "launcher", "core.axes", "core.costs", "core.plan")
     ]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -9,7 +9,7 @@ from megakexue.config import Config, UserError, as_integer, load_config, require
 from megakexue.text.manifest import check_inputs
 
 EPILOG = """\
-The lines are those that a run prints before its first step. Numbers come from formulas (megakexue/core/describe.py),
+The lines are those that a run prints before its first step. Numbers come from formulas (megakexue/core/costs.py),
 and nothing is allocated. It is also the check before a launch: a mistake that launch/train.py would find before it
 builds the model, in the config or in the data, is one line and exit code 2. What does not exist yet is a warning.
 
@@ -53,7 +53,8 @@ def main() -> None:
     missing = check_what_exists(config)
 
     from megakexue.core.axes import axes, shape
-    from megakexue.core.describe import describe, describe_heads, parameter_counts
+    from megakexue.core.costs import parameter_counts
+    from megakexue.core.describe import describe, describe_heads
     from megakexue.core.resolve import resolve_config
 
     try:

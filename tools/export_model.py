@@ -39,7 +39,7 @@ def main() -> None:
 
     # seconds of imports, which a mistake in the arguments should not cost
     from megakexue.bundle.bundle import Bundle
-    from megakexue.core.describe import n_parameters
+    from megakexue.core.costs import n_parameters
     from megakexue.core.device import DTYPES
     from megakexue.run.export import export_run
 

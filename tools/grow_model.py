@@ -117,7 +117,7 @@ def main() -> None:
     from megakexue.bundle.bundle import check_out, write_bundle
     from megakexue.bundle.grow import Growth, grown_state
     from megakexue.bundle.trace import grown_weights
-    from megakexue.core.describe import n_parameters
+    from megakexue.core.costs import n_parameters
     from megakexue.core.resolve import resolve_config
     from megakexue.run.export import open_source
 
@@ -193,7 +193,7 @@ def print_plan(growth: "Growth", target: ResolvedConfig, optimizer: str) -> None
     """Print what growth does to each axis, what it costs, and which choices hold the model back."""
     from megakexue.bundle.grow_checks import locked_axes
     from megakexue.bundle.grow_report import plan
-    from megakexue.core.describe import flops_per_token, n_parameters
+    from megakexue.core.costs import flops_per_token, n_parameters
 
     old, new, choices = growth.old, growth.new, growth.choices
     context = (target.data.seq_len + 1) / 2

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from megakexue.config import OptimConfig, ResolvedModel, UserError, build, read_yaml, require, to_yaml
 from megakexue.core.axes import axes, parameter_names, shape
-from megakexue.core.optim import state_dtypes
 from megakexue.core.resolve import resolve
 from megakexue.core.segments import Segment
 from megakexue.files import LOCK, new_folder, require_writable, seal, verify, write_json
@@ -61,7 +60,7 @@ class OptimizerInfo:
 
     def kinds(self, parameter: str) -> list[str]:
         """The kinds of state that a parameter has."""
-        return list(state_dtypes(OptimConfig(name=self.name, embedding=self.embedding), axes(parameter).role))
+        return list(OptimConfig(name=self.name, embedding=self.embedding).state_dtypes(axes(parameter).role))
 
 
 def write_bundle(

@@ -1,14 +1,6 @@
-"""What a config costs: parameters, FLOPs per token, model-state bytes per rank.
+"""What a config is and costs, in words: the first screen of a run, and what decoding keeps.
 
-    FLOPs per token, forward and backward = 6 P + 3 A,   A = 2 L h (d + e) n
-
-P: parameters in matrix products. The head counts once, tied or not; looking up the embedding is no product.
-L: layers. n: mean number of visible keys, (t + 1) / 2 for rows of one document; those who do not halve attention for
-causality count n = t. MLA is trained in the plain form, so that all its projections are in P.
-
-    cached elements per token and layer:   MHA 2 h d     GQA 2 g d     MQA 2 d     MLA c + p      (10091)
-
-What must stay true: `n_parameters` equals the module's sum, and FLOPs equal torch's own counter (tests).
+cached elements per token and layer:   MHA 2 h d     GQA 2 g d     MQA 2 d     MLA c + p      (10091)
 """
 
 import math
@@ -18,39 +10,11 @@ from typing import Any
 from unicodedata import east_asian_width
 
 from megakexue.config import Config, ModelConfig, ResolvedConfig, ResolvedModel
-from megakexue.core.axes import AXES, axes, entries, parameter_names, shape
-from megakexue.core.optim import state_dtypes
+from megakexue.core.costs import flops_per_token, model_state_bytes, n_parameters
 from megakexue.core.rope import base_notes
 
 COLUMNS, LINES, INDENT = 80, 20, 12
 """Of the first screen: it fits a terminal of 80 x 24, with room for the first steps; labels are in the indent."""
-
-
-def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Return the elements, over all layers, of each entry of the axis table that the config has."""
-    return {
-        name: math.prod(shape(name, config)) * (config.n_layers if name.startswith("blocks.") else 1)
-        for name in entries(config)
-    }
-
-
-def n_parameters(config: ModelConfig) -> int:
-    return sum(parameter_counts(config).values())
-
-
-def flops_per_token(config: ModelConfig, n_keys: float) -> float:
-    """Return the FLOPs of one token's forward and backward when a query sees `n_keys` keys on average."""
-    counts = parameter_counts(config)
-    in_products = sum(n for name, n in counts.items() if AXES[name].role == "matrix" and name != "head.weight")
-    in_products += config.vocab_size * config.d_model
-    attention = 2 * config.n_layers * config.n_heads * (config.head_width + config.value_width) * n_keys
-    return 6 * in_products + 3 * attention
-
-
-def product_shapes(config: ModelConfig, n_rows: int) -> list[tuple[int, int, int]]:
-    """Return (rows, inputs, outputs) of some of the step's matrix products, for `n_rows` tokens at a time."""
-    d, width = config.d_model, config.n_heads * config.head_width
-    return [(n_rows, d, width), (n_rows, d, config.d_ff), (n_rows, config.d_ff, d), (n_rows, d, config.vocab_size)]
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> dict[str, int]:
@@ -71,33 +35,6 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> di
     elements |= {"MQA": d + e, f"MLA of {mla[0]} + {mla[1]}": sum(mla)}
     elements = dict(sorted(elements.items(), key=lambda item: not item[0].startswith(own)))
     return {name: n * config.n_layers * bytes_per_element for name, n in elements.items()}
-
-
-def model_state_bytes(config: Config, world_size: int) -> dict[str, int]:
-    """Return bytes on each rank of weights, gradients, fp32 masters and optimizer state, by the ZeRO stage.
-
-    ZeRO splits optimizer state and masters from stage 1 on, gradients from 2, weights from 3. In fp32, stage 0 trains
-    the weights themselves and has no masters. Not counted: communication buckets, activations, and the second head that
-    every rank holds with `loss.emo`.
-    """
-    n, stage = n_parameters(config.model), config.engine.zero_stage
-    width = 4 if config.engine.dtype == "fp32" else 2
-
-    def split(from_stage: int) -> int:
-        return world_size if stage >= from_stage else 1
-
-    state = sum(
-        dtype.itemsize * math.prod(shape(name, config.model))
-        for name in parameter_names(config.model)
-        for dtype in state_dtypes(config.optim, axes(name).role).values()
-    )
-    masters = 0 if stage == 0 and config.engine.dtype == "fp32" else 4 * n
-    return {
-        "weights": width * n // split(3),
-        "gradients": width * n // split(2),
-        "masters": masters // split(1),
-        "optimizer": state // split(1),
-    }
 
 
 def not_default(section: Any, prefix: str = "") -> list[str]:

@@ -33,14 +33,11 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from megakexue.config import IGNORED, LossConfig
+from megakexue.config import IGNORED, LOSS_CHUNK, LossConfig
 from megakexue.core.device import compiled
 
 Scale = float | Float32[Tensor, ""]
 """What the caller multiplies an objective with; a tensor where it is known on the device only."""
-
-CHUNK = {"cpu": 512, "cuda": 4096}
-"""Tokens whose logits exist at a time. CPU: they fit the cache; CUDA: few launches, and products that are fast."""
 
 PLAIN = LossConfig()
 """Cross-entropy and nothing else."""
@@ -88,7 +85,7 @@ def cross_entropy(
         is_compiled: make one kernel of all that happens between the logits and their gradient.
     """
     if not torch.is_grad_enabled():
-        size = CHUNK[hidden.device.type]
+        size = LOSS_CHUNK[hidden.device.type]
         chunks = zip(hidden.split(size), targets.split(size))
         total = torch.stack([plain_cross_entropy(h, weight, t, logit_scale) for h, t in chunks]).sum()
         return Losses(total, total)
@@ -170,7 +167,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         # float32, since many chunks are added up
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        size = CHUNK[hidden.device.type]
+        size = LOSS_CHUNK[hidden.device.type]
         for low in range(0, len(targets), size):
             rows = slice(low, low + size)
             logits = hidden[rows] @ weight.T

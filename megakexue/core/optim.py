@@ -37,21 +37,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakexue.config import OptimConfig, ResolvedOptim
+from megakexue.config import ResolvedOptim
+from megakexue.core.device import DTYPES
 from megakexue.core.rules import adamw_step, kernels
 from megakexue.core.segments import Segment, parts_with_padding
-
-
-def state_dtypes(config: OptimConfig, role: str) -> dict[str, torch.dtype]:
-    """Return the state tensors that a parameter of this role has beside its master."""
-    if _rule(config, role) == "adamw":
-        return {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
-    return {"momentum": {"fp32": torch.float32, "bf16": torch.bfloat16}[config.momentum_dtype]}
-
-
-def _rule(config: OptimConfig, role: str) -> str:
-    return "adamw" if role == "embedding" and config.embedding == "adamw" else config.name
-
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
@@ -228,7 +217,7 @@ class Optimizer:
         self._kernels, self._size, self.kernel_reason = kernels(self._device, sum(m.numel() for m in self.masters))
         self._betas = (config.beta1, config.beta2 or 0.0)  # Tiger has one
         ordered = sorted(segments, key=lambda s: (s.flat, s.offset))
-        groups = [list(g) for _, g in groupby(ordered, key=lambda s: (s.flat, _rule(config, s.role)))]
+        groups = [list(g) for _, g in groupby(ordered, key=lambda s: (s.flat, config.rule(s.role)))]
         self._lay_out_rows([part for group in groups for part in parts_with_padding(group)], cut_rows)
         views: dict[Segment, dict[str, Tensor]] = {}
         self._spans = []
@@ -243,10 +232,9 @@ class Optimizer:
         self._window: Window | None = None
 
     def _new_state(self, role: str, n: int) -> dict[str, Tensor]:
-        dtypes = state_dtypes(self.config, role)
         return {
-            kind: torch.zeros(n, dtype=self._dtype if dtype == torch.float32 else dtype, device=self._device)
-            for kind, dtype in dtypes.items()
+            kind: torch.zeros(n, dtype=self._dtype if dtype == "fp32" else DTYPES[dtype], device=self._device)
+            for kind, dtype in self.config.state_dtypes(role).items()
         }
 
     def _lay_out_rows(self, parts: list[Segment], cut_rows: list[tuple[str, int]]) -> None:
@@ -279,7 +267,7 @@ class Optimizer:
         """The numbers of `Rows` for the rows of a part."""
         if part.role == "padding":  # which does not move
             return 0, 0, False, 1, False, 0, 0, False
-        is_embedding, is_gain, rule = part.role == "embedding", part.role == "gain", _rule(self.config, part.role)
+        is_embedding, is_gain, rule = part.role == "embedding", part.role == "gain", self.config.rule(part.role)
         rate_slot = slots[part.name if part.cut_row is None else (part.name, part.cut_row)]
         return (
             slots[part.name], rate_slot, is_embedding and part.cut_row is None,
@@ -291,7 +279,7 @@ class Optimizer:
     def _span(self, segments: list[Segment], state: dict[str, Tensor]) -> Span:
         """The span of segments that follow one another, with padding between them at most."""
         parts = parts_with_padding(segments)
-        flat, first, rule = parts[0].flat, parts[0].offset, _rule(self.config, segments[0].role)
+        flat, first, rule = parts[0].flat, parts[0].offset, self.config.rule(segments[0].role)
         places = [range(part.offset - first, part.offset - first + part.numel, part.row_numel) for part in parts]
         bounds = [*(start for place in places for start in place), places[-1].stop]
         elements, weights = slice(first, first + bounds[-1]), self._weights[flat]

@@ -37,8 +37,8 @@ from megakexue.config import EngineConfig, ResolvedConfig, Status, require
 from megakexue.core.attention import choose_backend
 from megakexue.core.axes import axes, parameter_names, shape
 from megakexue.core.batch import Batch
+from megakexue.core.costs import flops_per_token
 from megakexue.core.decoder import Block, Decoder, centre, initial_weight
-from megakexue.core.describe import flops_per_token
 from megakexue.core.device import DTYPES, find_device, has_compiler
 from megakexue.core.loss import unit_rows
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums

@@ -20,7 +20,8 @@ from torch import Tensor
 from megakexue import dist
 from megakexue.config import Config, ResolvedConfig, require
 from megakexue.core.batch import Batch
-from megakexue.core.describe import describe, flops_per_token, product_shapes
+from megakexue.core.costs import flops_per_token, product_shapes
+from megakexue.core.describe import describe
 from megakexue.core.device import memory_gib, peak_flops
 from megakexue.core.resolve import resolve_config
 from megakexue.core.schedule import lr_factor

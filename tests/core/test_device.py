@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megakexue.config import MetricsConfig, load_config
 from megakexue.core import device
-from megakexue.core.describe import product_shapes
+from megakexue.core.costs import product_shapes
 from megakexue.core.device import data_sheet_tflops, memory_gib, peak_flops
 from tests.helpers import ROOT
 

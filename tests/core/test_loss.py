@@ -55,7 +55,7 @@ def plain_objective(
 def test_equals_autograd(
     monkeypatch: pytest.MonkeyPatch, config: LossConfig, chunk: int, gradient_scale: float
 ) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(loss_module, "LOSS_CHUNK", {"cpu": chunk})
     hidden, weight, targets = inputs(torch.float64)
     rows = frozen_rows(config, torch.float64)
     ours = cross_entropy(hidden, weight, targets, 0.7, gradient_scale, config, rows)

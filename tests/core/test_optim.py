@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakexue.config import OptimConfig, ResolvedOptim
 from megakexue.core import optim, rules
-from megakexue.core.optim import N_STATISTICS, Optimizer, Sums, _statistics, state_dtypes
+from megakexue.core.device import DTYPES
+from megakexue.core.optim import N_STATISTICS, Optimizer, Sums, _statistics
 from megakexue.core.resolve import resolve_optim
 from megakexue.core.rules import tiger_update
 from megakexue.core.schedule import clip_factor
@@ -344,7 +345,7 @@ def test_shrink_draws_to_the_centre_and_leaves_state_alone() -> None:
             if tensor in bad:
                 centre, ratio = bad[tensor]
                 assert torch.allclose(theta, centre + ratio * (old - centre), rtol=1e-6, atol=1e-7)
-                for kind in state_dtypes(model.config, ROLES.get(tensor, "matrix")):
+                for kind in model.config.state_dtypes(ROLES.get(tensor, "matrix")):
                     assert torch.equal(model.whole(kind)[tensor], before[kind][tensor])
             else:
                 assert (theta != old).all() and theta.isfinite().all(), f"{name} {tensor}"
@@ -840,7 +841,7 @@ def test_gradients_of_half_precision_count_as_their_float32(name: str, dtype: to
 
 def test_a_momentum_of_bf16_turns_few_signs() -> None:
     shapes: dict[str, tuple[int, ...]] = {"embedding": (200, 40), "w": (300, 400), "gain": (400,)}
-    assert state_dtypes(make_config(momentum_dtype="bf16"), "matrix") == {"momentum": torch.bfloat16}
+    assert make_config(momentum_dtype="bf16").state_dtypes("matrix") == {"momentum": "bf16"}
     models = [Model(make_config(momentum_dtype=dtype), random_tensors(shapes, 0)) for dtype in ("fp32", "bf16")]
     for step in range(50):
         for model in models:
@@ -855,7 +856,7 @@ def test_a_momentum_of_bf16_turns_few_signs() -> None:
 
 
 def test_states_by_rule() -> None:
-    fp32, bf16 = torch.float32, torch.bfloat16
+    fp32, bf16 = "fp32", "bf16"
     adamw = {"exp_avg": fp32, "exp_avg_sq": fp32}
     for config, of_embedding, of_matrix in (
         (make_config(), {"momentum": fp32}, {"momentum": fp32}),
@@ -864,11 +865,12 @@ def test_states_by_rule() -> None:
         (make_config("lion"), {"momentum": fp32}, {"momentum": fp32}),
         (make_config("adamw"), adamw, adamw),
     ):
-        assert state_dtypes(config, "embedding") == of_embedding
-        assert state_dtypes(config, "matrix") == state_dtypes(config, "gain") == of_matrix
+        assert config.state_dtypes("embedding") == of_embedding
+        assert config.state_dtypes("matrix") == config.state_dtypes("gain") == of_matrix
         for o in Model(config, random_tensors(SHAPES, 0), (10, 60)).ranks:
             for s, master, state in zip(o.segments, o.masters, o.state):
-                assert {k: v.dtype for k, v in state.items()} == state_dtypes(config, s.role)
+                dtypes = {kind: DTYPES[name] for kind, name in config.state_dtypes(s.role).items()}
+                assert {k: v.dtype for k, v in state.items()} == dtypes
                 assert all(v.shape == master.shape and not v.any() for v in state.values())
 
 

@@ -234,7 +234,7 @@ def test_shipped_targets_can_be_reached_from_what_they_name() -> None:
     from megakexue.bundle.axis_maps import Choices
     from megakexue.bundle.grow import Growth
     from megakexue.config import load_config
-    from megakexue.core.describe import n_parameters
+    from megakexue.core.costs import n_parameters
     from megakexue.core.resolve import resolve
 
     def resolved(name: str) -> tuple[Config, Any]:

@@ -330,7 +330,7 @@ def loss(bench: Bench) -> None:
     product_flop = 6 * sizes.n_tokens * sizes.d_model * sizes.vocab_size
     for is_compiled in (False, True):
         for chunk in sizes.chunks:
-            module.CHUNK[bench.device.type] = chunk
+            module.LOSS_CHUNK[bench.device.type] = chunk
 
             def step(is_compiled: bool = is_compiled) -> "Tensor":
                 found = module.cross_entropy(hidden, weight, targets, 1.0, is_compiled=is_compiled)

@@ -244,7 +244,7 @@ def product_peak(args: argparse.Namespace, clock: Callable[[], float]) -> float:
     """
     import torch
 
-    from megakexue.core.describe import product_shapes
+    from megakexue.core.costs import product_shapes
     from megakexue.core.device import DTYPES
 
     rates = []
@@ -296,7 +296,7 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]], peaks: li
     import torch
 
     from megakexue.config import MetricsConfig
-    from megakexue.core.describe import flops_per_token
+    from megakexue.core.costs import flops_per_token
     from megakexue.core.device import DTYPES, find_device, peak_flops
 
     source = "of the step's own products, in each round"

@@ -47,7 +47,7 @@ class Result:
 
 
 def read(folder: Path) -> Result:
-    from megakexue.core.describe import flops_per_token
+    from megakexue.core.costs import flops_per_token
 
     config = load_config(folder / "config.yaml")
     flops = flops_per_token(config.model, (config.data.seq_len + 1) / 2) * config.batch_tokens

@@ -10,7 +10,7 @@ import growth
 import growth_table
 from growth_table import Comparison, Result, flops_needed, read, results
 from megakexue.config import UserError, load_config
-from megakexue.core.describe import flops_per_token
+from megakexue.core.costs import flops_per_token
 from tests.helpers import ROOT
 from tests.tools.experiments.made_up import write_config, write_run
 

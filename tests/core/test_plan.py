@@ -1,0 +1,189 @@
+"""The plan against throughputs that others published, and against what it must do by arithmetic."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import pytest
+
+from megakexue.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+    UserError,
+    load_config,
+)
+from megakexue.core.costs import peak_memory
+from megakexue.core.plan import GPUS, SUSTAINED, Cluster, Plan, largest_micro_batch, n_keys, plan, usable_bytes
+from tests.helpers import ROOT
+
+MPT = "https://github.com/mosaicml/llm-foundry/blob/061f2c7/scripts/train/benchmarking/README.md"
+TITAN = "https://github.com/pytorch/torchtitan/blob/0413364/docs/performance.md"
+TITAN_500W = "https://github.com/pytorch/torchtitan/blob/31a17bf/benchmarks/llama3_h100_202412_torchtitan.md"
+TINY = "https://github.com/jzhang38/TinyLlama/blob/026587c/README.md"
+IBM = "https://github.com/foundation-model-stack/fms-fsdp/blob/0d31998/README.md"
+NANOCHAT = "https://github.com/karpathy/nanochat/blob/00932d1/dev/LEADERBOARD.md"
+OURS = "docs/benchmarks.md"
+
+
+class Row(NamedTuple):
+    """A published run, in the nearest config of ours."""
+
+    name: str
+    source: str
+    gpu: str
+    n_gpus: int
+    tokens_per_s: float
+    """Of one GPU."""
+    widths: tuple[int, int, int, int, int]
+    """m, layers, heads, groups, f. MPT and nanochat have two matrices of 4 m, which cost as SwiGLU's three of 8/3 m."""
+    vocab_size: int
+    batch: tuple[int, int, int]
+    """Tokens in a row, rows in a micro-batch, micro-batches."""
+    settings: tuple[tuple[str, Any], ...] = ()
+    is_compiled: bool = True
+    """Compiled, or with fused kernels for norm and activation."""
+
+    def config(self) -> Config:
+        m, n_layers, h, g, f = self.widths
+        t, rows, n_micro = self.batch
+        given = {"recompute": "none", "zero_stage": 3, "backend": "auto"} | dict(self.settings)
+        backend = given.pop("backend")
+        return Config(
+            model=ModelConfig(
+                vocab_size=self.vocab_size, d_model=m, n_layers=n_layers, n_heads=h, n_kv_heads=g, d_ff=f,
+                tie_embeddings=self.source == MPT, attention=AttentionConfig(backend=backend),
+            ),
+            data=DataConfig(sources=[SourceConfig(path="none")], tokenizer="none", seq_len=t),
+            train=TrainConfig(
+                run="none", steps=1000, global_batch_size=rows * n_micro * self.n_gpus, micro_batch_size=rows
+            ),
+            optim=OptimConfig(name="adamw"),
+            engine=EngineConfig(**given),
+        )  # fmt: skip
+
+    def plan(self) -> Plan:
+        cluster = Cluster(gpu=GPUS[self.gpu], n_gpus=self.n_gpus)
+        return plan(self.config(), cluster, is_compiled=self.is_compiled)
+
+
+BLOCK = (("recompute", "block"),)
+FITTED = [
+    Row("MPT 1B", MPT, "a100", 8, 20_513, (2048, 24, 16, 16, 5461), 50_368, (2048, 14, 4)),
+    Row("MPT 3B", MPT, "a100", 8, 10_811, (2560, 32, 20, 20, 6827), 50_368, (2048, 10, 2)),
+    Row("MPT 7B", MPT, "a100", 8, 4_641, (4096, 32, 32, 32, 10923), 50_368, (2048, 6, 2)),
+]
+"""SUSTAINED comes from these."""
+HELD_OUT = [
+    Row("MPT 13B", MPT, "a100", 8, 2_262, (5120, 40, 40, 40, 13653), 50_368, (2048, 2, 3)),
+    Row("MPT 7B, 8k, recomputed", MPT, "a100", 8, 3_206, (4096, 32, 32, 32, 10923), 50_368, (8192, 8, 2), BLOCK),
+    Row("TinyLlama 1.1B", TINY, "a100", 16, 24_000, (2048, 22, 32, 4, 5632), 32_000, (2048, 8, 8)),
+    Row("Llama-2 7B, eager", IBM, "a100", 128, 3_760, (4096, 32, 32, 32, 11008), 32_000, (4096, 2, 1), (), False),
+    Row("Llama-2 13B", TITAN, "a100", 64, 2_162, (5120, 40, 40, 40, 13824), 32_000, (4096, 2, 1)),
+    Row("Llama-3 70B, recomputed", TITAN, "a100", 64, 331, (8192, 80, 64, 8, 28672), 128_256, (8192, 1, 1), BLOCK),
+    Row("MPT 30B, recomputed", MPT, "h100", 32, 2_308, (7168, 48, 56, 56, 19115), 50_368, (2048, 14, 3), BLOCK),
+    Row("MPT 70B, recomputed", MPT, "h100", 64, 1_039, (8192, 80, 64, 64, 21845), 50_368, (2048, 8, 4), BLOCK),
+    Row("nanochat d24", NANOCHAT, "h100", 8, 99_983, (1536, 24, 12, 12, 4096), 32_768, (2048, 16, 2),
+        (("zero_stage", 0),)),
+    Row("configs/1b.yaml, eager", OURS, "h200", 1, 36_900, (2048, 24, 16, 4, 5632), 64_000, (4096, 4, 2),
+        (("zero_stage", 1), ("backend", "flex")), False),
+]  # fmt: skip
+TOO_FAST = [
+    Row("MPT 125M", MPT, "a100", 8, 141_737, (768, 12, 12, 12, 2048), 50_368, (2048, 32, 2)),
+    Row("MPT 1B, 8k", MPT, "a100", 8, 13_814, (2048, 24, 16, 16, 5461), 50_368, (8192, 3, 4)),
+    Row("MPT 1B", MPT, "h100", 8, 45_455, (2048, 24, 16, 16, 5461), 50_368, (2048, 14, 1)),
+    Row("MPT 7B", MPT, "h100", 8, 10_643, (4096, 32, 32, 32, 10923), 50_368, (2048, 6, 1)),
+    Row("MPT 13B", MPT, "h100", 64, 4_800, (5120, 40, 40, 40, 13653), 50_368, (2048, 2, 1)),
+    Row("Llama-3 8B, 500 W", TITAN_500W, "h100", 8, 6_667, (4096, 32, 32, 8, 14336), 128_256, (8192, 2, 1)),
+]
+"""Runs that the plan describes badly; docs/scale.md says why."""
+
+
+@pytest.mark.parametrize("row", FITTED + HELD_OUT, ids=lambda row: f"{row.name} {row.gpu}")
+def test_throughput_is_that_of_published_runs(row: Row) -> None:
+    assert row.plan().tokens_per_s == pytest.approx(row.tokens_per_s, rel=0.15)
+
+
+def test_the_fitted_constant_is_what_its_rows_give() -> None:
+    ratios = [row.plan().tokens_per_s / SUSTAINED / row.tokens_per_s for row in FITTED]
+    assert SUSTAINED == pytest.approx(len(ratios) / sum(ratios), abs=0.01)
+
+
+@pytest.mark.parametrize("row", TOO_FAST, ids=lambda row: f"{row.name} {row.gpu}")
+def test_runs_that_the_plan_does_not_describe_are_faster_in_it(row: Row) -> None:
+    assert 1.15 < row.plan().tokens_per_s / row.tokens_per_s < 1.6
+
+
+def test_documents_have_the_rows_of_these_tests() -> None:
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    for row in FITTED + HELD_OUT + TOO_FAST:
+        planned = row.plan().tokens_per_s
+        line = f"| {row.tokens_per_s:,.0f} | {planned:,.0f} | {planned / row.tokens_per_s:.2f} |"
+        assert f"{row.name} | {row.n_gpus} {row.gpu}" in text and line in text, line
+
+
+def changed(config: Config, **engine: Any) -> Config:
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, **engine))
+
+
+def test_communication_by_arithmetic() -> None:
+    gpu = GPUS["h100"]
+    alone, node, two = (Cluster(gpu=gpu, n_gpus=n) for n in (1, 8, 16))
+    assert alone.collective_s(1e9, 5) == 0
+    assert node.collective_s(1e9, 0) == pytest.approx(1e9 * 7 / 8 / (450e9 * 0.8))
+    assert two.collective_s(1e9, 0) == pytest.approx(1e9 * 7 / 8 / (450e9 * 0.8))  # 8 NICs of 50 GB/s are not slower
+    slow = dataclasses.replace(two, nic_gbit=25)
+    assert slow.collective_s(1e9, 2) == pytest.approx(1e9 / 2 / (8 * 25e9 / 8 * 0.8) + 2 * 2 * 15e-6)
+
+
+def test_stages_send_what_they_must() -> None:
+    config = load_config(ROOT / "configs" / "7b_from_1b.yaml")
+    slow = Cluster(gpu=GPUS["h100"], n_gpus=64, nic_gbit=25)
+    sent = [plan(changed(config, zero_stage=stage), slow).parts["communication"] for stage in range(4)]
+    # 8 micro-batches: 2, 2 and 9 times the weights, and at stage 3 24 times, less what computation hides
+    assert sent[1] == pytest.approx(sent[0], rel=0.05) and sent[2] == pytest.approx(4.5 * sent[0], rel=0.05)
+    whole = dataclasses.replace(slow, nic_gbit=2.5)
+    more = [plan(changed(config, zero_stage=stage), whole).parts["communication"] for stage in (0, 3)]
+    assert 8 * more[0] < more[1] < 12 * more[0]
+
+
+def test_what_makes_a_step_longer() -> None:
+    config = load_config(ROOT / "configs" / "1b.yaml", ["train.global_batch_size=64"])
+    cluster = Cluster(gpu=GPUS["h100"], n_gpus=8)
+    base = plan(config, cluster)
+    assert base.step_s == pytest.approx(sum(base.parts.values())) and base.tokens == config.batch_tokens
+    assert 0.3 < base.mfu() < base.mfu(squares=True) < 0.6
+    for slower in (
+        plan(config, cluster, is_compiled=False), plan(changed(config, recompute="feed_forward"), cluster),
+        plan(changed(config, recompute="block"), cluster),
+        plan(config, dataclasses.replace(cluster, gpu=GPUS["a100"])),
+    ):  # fmt: skip
+        assert slower.step_s > 1.05 * base.step_s
+    assert plan(config, cluster, document=512).step_s < base.step_s
+    assert n_keys(4096, None) == 2048.5 and n_keys(4096, 512) == 256.5 and n_keys(4096, 9000) == 2048.5
+    small = load_config(ROOT / "configs" / "tiny_gqa.yaml", ["engine.dtype=bf16"])
+    assert (
+        plan(small, Cluster(gpu=GPUS["h100"], n_gpus=1)).parts["gaps"]
+        > 0.9 * plan(small, Cluster(gpu=GPUS["h100"], n_gpus=1)).step_s - 1e-3
+    )  # the host starts kernels
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    config = load_config(ROOT / "configs" / "7b_from_1b.yaml", ["engine.zero_stage=3"])
+    cluster = Cluster(gpu=GPUS["h100"], n_gpus=8)
+    rows, room = largest_micro_batch(config, cluster), usable_bytes(cluster.gpu)
+    assert rows > 0
+    fits = [sum(peak_memory(config, 8, n_rows=n)[1].values()) <= room for n in (rows, rows + 1)]
+    assert fits == [True, False]
+    assert largest_micro_batch(changed(config, zero_stage=0), cluster) == 0
+    assert largest_micro_batch(changed(config, recompute="block"), cluster) > 3 * rows
+
+
+def test_fp32_is_refused() -> None:
+    config = load_config(ROOT / "configs" / "tiny_gqa.yaml")
+    with pytest.raises(UserError, match=r"engine\.dtype=fp32: rates are known of 16 bits only"):
+        plan(config, Cluster(gpu=GPUS["h100"], n_gpus=1))
