@@ -233,7 +233,8 @@ def kept_by_a_layer(config: ResolvedConfig, n_rows: int) -> int:
     for n_layers in (1, 2):
         model = build(dataclasses.replace(config.model, n_layers=n_layers), "sdpa", DTYPES[config.engine.dtype])
         model.set_recompute(config.engine.recompute)
-        weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, Tensor] = {}
 
         def keep(t: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
             kept[t.untyped_storage().data_ptr()] = t
@@ -256,7 +257,7 @@ def test_what_a_layer_keeps(mla: MlaConfig | None, residual: str, dtype: str) ->
         per_token, once = kept_of_layer(config, is_compiled=False)
         assert (two - one) / 64 == pytest.approx(per_token, rel=0.01), recompute
         # beside it, in bf16, gains in float32
-        assert 2 * one - two == pytest.approx(once, abs=12 * config.model.d_model), recompute
+        assert 2 * one - two == pytest.approx(once, abs=16 * config.model.d_model), recompute
 
 
 def test_parts_grow_with_what_they_are_made_of() -> None:

@@ -51,7 +51,7 @@ class Row(NamedTuple):
     def config(self) -> Config:
         m, n_layers, h, g, f = self.widths
         t, rows, n_micro = self.batch
-        given = {"recompute": "none", "zero_stage": 3, "backend": "auto"} | dict(self.settings)
+        given: dict[str, Any] = {"recompute": "none", "zero_stage": 3, "backend": "auto"} | dict(self.settings)
         backend = given.pop("backend")
         return Config(
             model=ModelConfig(
