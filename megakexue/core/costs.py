@@ -118,6 +118,8 @@ def kept_of_layer(config: Config, is_compiled: bool, recompute: str | None = Non
     if model.mla is None:
         return per_token, 0
     latents = [model.mla.d_latent, *([model.mla.d_query_latent] if model.mla.d_query_latent else [])]
+    if not is_compiled and w == 4:  # a norm keeps its input, a view of the product that has the rotary key too
+        per_token += w * model.mla.d_rope
     # the projections into latents are put side by side, and that copy is kept
     return per_token + sum(map(norm, latents)), w * m * (sum(latents) + model.mla.d_rope)
 
