@@ -20,8 +20,8 @@ from megakexue.core.plan import (
 
 EPILOG = """\
 All is by formula (megakexue/core/costs.py, megakexue/core/plan.py): it takes no GPU and a second. docs/scale.md says
-how far it was right (memory within 5 % of what torch allocates, tokens a second within 15 % of most published runs that
-it was compared with), where it was wrong, and what it cannot know. It is no measurement.
+how far it was right (memory within 5 % of what torch allocates, tokens a second within 15 % for 15 of 25 runs, and too
+high for the others), where it was wrong, and what it cannot know. It is no measurement.
 
 `memory` is what one rank holds at that moment of a step at which it holds most. Parts of a step that add up:
   products, attention, elementwise  kernels, each at its published rate
