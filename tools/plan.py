@@ -125,6 +125,11 @@ def main() -> None:
     args = parse_arguments()
     check(args)
     config = load_config(args.config, args.overrides)
+    require(
+        config.engine.sequence_ranks == 1,
+        f"engine.sequence_ranks={config.engine.sequence_ranks} is not planned yet, which shares rows among ranks: plan "
+        "with 1",
+    )
     config.train.n_micro_batches(args.gpus)
     cluster = Cluster(gpu=GPUS[args.gpu], n_gpus=args.gpus, gpus_per_node=args.gpus_per_node, nic_gbit=args.network)
     is_compiled = config.engine.compile != "off"

@@ -147,6 +147,6 @@ def test_the_program_checks_what_a_launch_would(prepared: Prepared, tmp_path: Pa
     missing = f"WARNING: a launch needs these, which do not exist yet: {tmp_path}/later\n"
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(missing)
     done = program(config, *inputs, "data.seq_len=77")
-    assert (done.returncode, done.stdout) == (2, "") and "data.seq_len=77 differs from the rows of " in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "data.seq_len=77 does not divide the rows of " in done.stderr
     done = program(config, f"data.tokenizer={tmp_path}/none", "data.sources=[{path: s3://bucket/data}]")
     assert done.returncode == 0 and done.stdout.endswith(f"yet: {tmp_path}/none\n")
