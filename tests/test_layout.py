@@ -23,7 +23,7 @@ FOLDERS = {
 }
 """What each folder may import beside itself: modules of the top, and folders."""
 LEVELS = {
-    "": [{"config"}, {"files", "launcher"}, {"facts", "dist"}],
+    "": [{"config"}, {"files", "launcher", "hosts"}, {"facts", "dist"}],
     "text": [
         {"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards", "progress"},
         {"ledger"},
@@ -158,7 +158,7 @@ def test_text_config_and_costs_do_without_torch() -> None:
     names = [
         f"megakexue.{name}"
         for name in MODULES
-        if folder_of(name) == "text" or name in ("config", "files", "launcher", "core.axes", "core.costs", "core.plan")
+        if folder_of(name) == "text" or name in ("config", "files", "launcher", "hosts", "core.axes", "core.costs", "core.plan")
     ]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
