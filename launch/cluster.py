@@ -347,8 +347,7 @@ def write_deepspeed_env() -> None:
 
 def variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    require(bool(equals and re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)), f"--env {text}: write NAME=VALUE")
     return name, value
 
 
@@ -388,9 +387,7 @@ start that does not reach all hosts.""",
         "--restart-preempted", action="store_true",
         help="also restart after code 75, if the launcher itself was sent no signal, as when a host is taken away",
     )  # fmt: skip
-    parser.add_argument(
-        "--env", action="append", default=[], type=variable, metavar="NAME=VALUE", help="a variable for all ranks"
-    )
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for all ranks")
     parser.add_argument(
         "--write-deepspeed-env", action="store_true",
         help="write .deepspeed_env with the variables that a run needs, and end",
@@ -406,7 +403,7 @@ start that does not reach all hosts.""",
     for name in {host.address for host in hosts} & {"localhost", "127.0.0.1"}:
         require(len(hosts) == 1, f"{args.hostfile}: other hosts cannot reach {name}: write the name that they know")
     require(Path(args.command[0]).is_file(), f"there is no program {args.command[0]}: such as launch/train.py")
-    sys.exit(keep_going(args, hosts, passed(os.environ) | dict(args.env)))
+    sys.exit(keep_going(args, hosts, passed(os.environ) | dict(map(variable, args.env))))
 
 
 if __name__ == "__main__":
