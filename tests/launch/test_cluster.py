@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.conftest import Prepared
+from tests.helpers import ROOT, column, tiny_config, tiny_run, train_all
+from tests.hosts import Host, pid_of, two_hosts
+from tests.ranks import FIXED, free_port, run_on_ranks
 
 CLUSTER = [sys.executable, str(ROOT / "launch" / "cluster.py")]
 # each rank does the next of the words of its rank, such as "1" (the exit code), "kill", "wait" or "wait:save"
@@ -188,16 +191,6 @@ def test_a_second_signal_kills_what_does_not_listen(folder: Path) -> None:
     assert err.splitlines()[-1].startswith("failed: a second SIGINT killed the ranks")
 
 
-@pytest.mark.slow  # the time that is given to the others
-def test_ranks_have_some_time_to_end_after_a_failure(folder: Path) -> None:
-    process = subprocess.Popen(command(folder, "wait:save", "wait", options=("--retries", "0")))
-    pids = waiting(folder)
-    began = time.monotonic()
-    os.kill(pids[3], signal.SIGKILL)
-    assert process.wait(timeout=40) == 1 and 24 < time.monotonic() - began < 29
-    assert alive(pids) == []
-
-
 @pytest.mark.parametrize("victim", ["launcher", "supervisor"])
 def test_nothing_is_left_after_a_kill(victim: str, folder: Path) -> None:
     process = subprocess.Popen(
@@ -225,3 +218,147 @@ def test_a_screen_that_is_gone_does_not_end_a_run(folder: Path) -> None:
     process.stderr.close()
     assert process.wait(timeout=20) == 0
     assert {path.suffix for path in folder.glob("program.py.*")} == {".0", ".1"}
+
+
+# --- on two hosts ----------------------------------------------------------------------------------------------------
+
+Rig = tuple[Host, Host]
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with two_hosts(tmp_path_factory.mktemp("rig")) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def both(folder: Path) -> Path:
+    (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_two_launches_on_the_same_hosts_do_not_touch_each_other(rig: Rig, both: Path) -> None:
+    one, two = rig
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    runs = {}
+    for name in ("first", "second"):
+        (both / name).mkdir()
+        (both / name / "program.py").write_text(PROGRAM)
+        start = [*command(both, "wait:save", "wait:save")[:-3], "--env", f"HF_HOME=/secret/{name}"]
+        runs[name] = one.popen([*start, both / name / "program.py", "wait:save", "wait:save"], **pipes)
+        until(lambda name=name: all((both / name / f"pids_{rank}").exists() for rank in (0, 1)))  # type: ignore[misc]
+    assert [len(host.find(str(both / name / "program.py"))) for host in rig for name in runs] == [2, 2, 1, 1]
+    assert not one.find("/secret/") == two.find("/secret/") == []  # only the launchers that were told it
+    os.kill(pid_of(runs["first"]), signal.SIGINT)
+    out, err = runs["first"].communicate(timeout=30)
+    assert runs["first"].returncode == 75 and out == "rank 0 speaks\nrank 0 saved\n"
+    assert sorted(err.splitlines())[1:] == ["n2 rank 1: rank 1 complains", "rank 0 complains"]
+    # of the second one nothing was touched, and all of it ends with its launcher, on both hosts
+    assert runs["second"].poll() is None and len(two.find(str(both / "second" / "program.py"))) == 1
+    os.kill(pid_of(runs["second"]), signal.SIGKILL)
+    until(lambda: not any(host.find(what) for host in rig for what in ("program.py", "cluster.py", "sleep 1000")))
+
+
+@pytest.mark.slow
+def test_hosts_that_are_lost_are_named(rig: Rig, both: Path) -> None:
+    one, two = rig
+    # a rank that does not end is killed, but not at once; and a supervisor that is killed has ranks that end
+    process = one.popen(command(both, "wait:deaf", "wait:deaf", options=("--retries", "0")), stderr=subprocess.PIPE)
+    until(lambda: all((both / f"pids_{rank}").exists() for rank in (0, 1)))
+    began = time.monotonic()
+    assert len(two.kill("cluster.py --on-host")) == 1
+    until(lambda: not two.find("program.py"), 5)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 1 and 24 < time.monotonic() - began < 30
+    assert "n2 was lost (exit code" in err and err.splitlines()[-1].startswith("failed: n2 was lost")
+    assert not one.find("program.py")
+    two.cut()
+    began = time.monotonic()
+    done = one.run(command(both, "0", "0"))
+    two.mend()
+    assert done.returncode == 1 and time.monotonic() - began < 20
+    assert "n2: ssh: connect to host n2 port 22: No route to host" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "failed: n2 was not reached, or could not begin: `ssh -o BatchMode=yes"
+    )
+    assert "speaks" not in done.stdout and not one.find("cluster.py")
+
+
+def start_everywhere(rig: Rig, start: str, hostfile: Path, folder: Path, program: list[str]) -> list[int]:
+    """Train on both hosts; return the exit codes of what was started."""
+    environment = os.environ | FIXED | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    bin, one = Path(sys.executable).parent, rig[0]
+    torchrun: list[Any] = [bin / "torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "n1"]
+    torchrun += ["--master-port", str(free_port())]
+    names = ("MASTER_ADDR", "PYTHONPATH", "PATH", *FIXED)
+    mpirun: list[Any] = ["mpirun", "--allow-run-as-root", "-np", "2", "--host", "n1,n2", "--wdir", folder]
+    mpirun += [word for name in names for word in ("-x", name)]
+    starts: dict[str, list[list[Any]]] = {
+        "deepspeed": [[bin / "deepspeed", "--hostfile", hostfile, "--master_port", free_port(), *program]],
+        "torchrun": [[*torchrun, "--node-rank", i, *program] for i in (0, 1)],
+        "mpirun": [[*mpirun, sys.executable, *program]],
+    }
+    if start == "mpirun":
+        environment["MASTER_ADDR"] = "n1"
+    written = one.run([*CLUSTER, "--write-deepspeed-env"], env=environment, cwd=folder)
+    assert written.returncode == 0, written.stderr
+    running = [
+        host.popen(words, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for host, words in zip(rig, starts[start])
+    ]
+    for process in running:
+        print(process.communicate(timeout=200)[0])
+    return [process.returncode for process in running]
+
+
+STEPS = ("train.steps=60", "checkpoint.every_steps=10", "evaluate.every_steps=30")
+
+
+@pytest.fixture(scope="module")
+def expected(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks record that `deepspeed` or nobody special has started on one host."""
+    run = tmp_path_factory.mktemp("expected")
+    run_on_ranks(2, train_all, [tiny_config(prepared, run, *STEPS)])
+    return column(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["deepspeed", "torchrun", "mpirun"])
+def test_other_starts_on_two_hosts_train_as_two_local_ranks(
+    start: str, rig: Rig, expected: list[dict[str, Any]], prepared: Prepared, both: Path
+) -> None:
+    program = [TRAIN, str(ROOT / "configs" / "tiny_gqa.yaml"), *tiny_run(prepared, both / "run", *STEPS)]
+    codes = start_everywhere(rig, start, both / "hosts", both, program)
+    assert set(codes) == {0} and column(both / "run") == expected
+
+
+@pytest.mark.slow
+def test_a_killed_remote_rank_is_named_and_the_restart_trains_as_two_local_ranks(
+    rig: Rig, expected: list[dict[str, Any]], prepared: Prepared, both: Path
+) -> None:
+    one, two = rig
+    run, ranks = both / "run", f"-u {TRAIN}"
+    start: list[Any] = [
+        *CLUSTER,
+        "--hostfile",
+        both / "hosts",
+        "--pause",
+        "0.1",
+        TRAIN,
+        ROOT / "configs" / "tiny_gqa.yaml",
+    ]
+    environment = os.environ | FIXED | {"PYTHONPATH": str(ROOT)}
+    with open(both / "out", "w") as out, open(both / "err", "w") as err:
+        process = one.popen([*start, *tiny_run(prepared, run, *STEPS)], env=environment, stdout=out, stderr=err)
+    until(lambda: (run / "checkpoints" / "step_00000010").exists(), 120)
+    first = [*one.find(ranks), *two.find(ranks)]
+    assert len(first) == 2 and two.kill(ranks) == first[1:]
+    until(lambda: not alive(first), 30)
+    assert process.wait(timeout=120) == 0, (both / "err").read_text()
+    said = (both / "err").read_text()
+    assert "failed: n2 rank 1 was ended by SIGKILL; restart 1 of 3 in 0.1 s\n" in said
+    assert "resumed from" in (both / "out").read_text()
+    assert column(run) == expected
+    until(lambda: not any(host.find(what) for host in rig for what in (ranks, "cluster.py")), 5)
