@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -50,7 +49,10 @@ def on_host() -> None:
     if not (line := sys.stdin.readline()):
         return
     order = json.loads(line)
-    ranks = {rank: start_rank(order, rank, own, events) for rank, own in enumerate(order["ranks"], order["first"])}
+    # all before the first thread: a fork copies the locks that threads hold
+    ranks = {rank: start_rank(order, own) for rank, own in enumerate(order["ranks"], order["first"])}
+    for rank, process in ranks.items():
+        watch_rank(rank, process, events)
     threading.Thread(target=read_orders, args=(events,), daemon=True).start()
     while ranks:
         try:
@@ -79,21 +81,22 @@ def free_port() -> int:
             return s.getsockname()[1]
 
 
-def start_rank(
-    order: dict[str, Any], rank: int, own: dict[str, str], events: queue.Queue[tuple[Any, ...]]
-) -> subprocess.Popen[bytes]:
+def start_rank(order: dict[str, Any], own: dict[str, str]) -> subprocess.Popen[bytes]:
     libc = ctypes.CDLL(None)
 
     def die_with_supervisor() -> None:
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    process = subprocess.Popen(
+    return subprocess.Popen(
         order["command"], env=os.environ | order["env"] | own, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if order["is_first"] else subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True, preexec_fn=die_with_supervisor if hasattr(libc, "prctl") else None,
     )  # fmt: skip
+
+
+def watch_rank(rank: int, process: subprocess.Popen[bytes], events: queue.Queue[tuple[Any, ...]]) -> None:
     pumps = [
-        threading.Thread(target=pump, args=(kind, rank, stream, order["is_first"], events), daemon=True)
+        threading.Thread(target=pump, args=(kind, rank, stream, events), daemon=True)
         for kind, stream in (("out", process.stdout), ("err", process.stderr)) if stream
     ]  # fmt: skip
 
@@ -106,14 +109,11 @@ def start_rank(
 
     for thread in (*pumps, threading.Thread(target=wait, daemon=True)):
         thread.start()
-    return process
 
 
-def pump(kind: str, rank: int, stream: IO[bytes], is_first: bool, events: queue.Queue[tuple[Any, ...]]) -> None:
-    """Hand on what a rank writes: of the first host as it comes, of the others by lines."""
-    read: Callable[[], bytes] = (lambda: os.read(stream.fileno(), 65536)) if is_first else stream.readline
-    while data := read():
-        events.put((kind, rank, data.decode("latin-1")))  # any bytes come through
+def pump(kind: str, rank: int, stream: IO[bytes], events: queue.Queue[tuple[Any, ...]]) -> None:
+    while line := stream.readline(65536):  # by lines, so that those of two ranks do not mix
+        events.put((kind, rank, line.decode("latin-1")))  # any bytes come through
 
 
 def read_orders(events: queue.Queue[tuple[Any, ...]]) -> None:
@@ -161,15 +161,12 @@ class Attempt:
     def run(self) -> int:
         """Return the exit code: 0 or 75 if all ranks say so, 2 if one does, otherwise 1."""
         while self.supervisors:
-            try:
-                event = self.inbox.get(timeout=max(0.0, min(self.deadline - time.monotonic(), 3600.0)))
-            except queue.Empty:
-                if time.monotonic() >= self.deadline:
-                    self.on_deadline()
-                continue
-            host, kind, *values = event
-            if kind != "alive":
-                getattr(self, f"on_{kind}")(host, *values)
+            if time.monotonic() >= self.deadline:
+                self.on_deadline()
+            with suppress(queue.Empty):
+                host, kind, *values = self.inbox.get(timeout=1)
+                if kind != "alive":
+                    getattr(self, f"on_{kind}")(host, *values)
         codes = set(self.codes.values())
         if self.problem is None and codes in ({0}, {PREEMPTED}):
             return codes.pop()
@@ -332,7 +329,8 @@ def keep_going(args: argparse.Namespace, hosts: list[Host], env: dict[str, str])
             inbox.get(timeout=pause)
             break
     if attempt.problem:
-        say(f"failed: {attempt.problem}" + ("" if code == 2 else "; the same command goes on from the last checkpoint"))
+        goes_on = was_started and code != 2
+        say(f"failed: {attempt.problem}" + ("; the same command goes on from the last checkpoint" if goes_on else ""))
     return code
 
 
