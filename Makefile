@@ -7,6 +7,7 @@ BIN := .venv/bin
 export TEXT ?=
 # Tests that run side by side; each may start several processes of its own
 WORKERS ?= 2
+SHELL_FILES := launch/*.sh launch/*.sbatch .ci/run
 
 .PHONY: demo test test-fast check setup
 demo: setup
@@ -22,6 +23,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck $(SHELL_FILES); \
+	else echo "shell scripts are not checked: install shellcheck"; fi
 
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt

@@ -76,7 +76,7 @@ train() {
     run "${launcher[@]}" --log_level error --num_accelerators $ranks launch/train.py "$@" \
         metrics.every_steps=10 evaluate.n_rows=1000
 }
-small=(configs/tiny_gqa.yaml train.run=$demo/run train.steps=240 evaluate.every_steps=80)
+small=(configs/tiny_gqa.yaml "train.run=$demo/run" train.steps=240 evaluate.every_steps=80)
 
 step "3. training under ZeRO-1 with $where, which stops itself halfway"
 train "${small[@]}" train.stop_at_step=120

@@ -4,6 +4,7 @@ import argparse
 import ast
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,7 +223,8 @@ def test_every_test_file_mirrors_a_module_or_a_program() -> None:
         for path in below("tests")
         if path.name.startswith("test_")
     }
-    programs = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in below("launch", "tools")}
+    started = [path for path in FILES if path.parent == ROOT / "launch"]  # by Slurm and Kubernetes too
+    programs = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in [*started, *below("tools")]}
     assert tested <= set(MODULES) | programs | {"layout", "golden", "run.recovery"}
     assert set(MODULES) <= tested
 
@@ -240,6 +242,14 @@ def test_programs_are_executable_and_explain_themselves() -> None:
         text = path.read_text(encoding="utf-8")
         assert path.stat().st_mode & 0o111 and text.startswith("#!/usr/bin/env python\n"), path
         assert "run_program(main)" in text, path
+
+
+def test_shell_scripts_have_no_known_trap() -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("not installed: shellcheck")
+    scripts = [path for path in FILES if path.suffix in (".sh", ".sbatch") or path.parent.name == ".ci"]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
 
 
 class Captured(Exception):
