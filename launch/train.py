@@ -18,7 +18,7 @@ def main() -> None:
         epilog="""examples:
   deepspeed --num_accelerators 8 launch/train.py configs/1b.yaml train.run=runs/1b
   deepspeed --num_accelerators 2 launch/train.py configs/tiny_gqa.yaml engine.zero_stage=3 train.steps=30
-  srun --ntasks-per-node 8 launch/train.py configs/1b.yaml    on several nodes with MASTER_ADDR; mpirun likewise
+  srun --ntasks-per-node 8 launch/train.py configs/1b.yaml    on several nodes; mpirun likewise
   launch/train.py configs/tiny_gqa.yaml                       one process
   tools/describe.py configs/1b.yaml --ranks 64                the check before a launch, in a second
 
