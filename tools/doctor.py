@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from threading import Timer
@@ -245,12 +245,20 @@ class Session:
         self.close()
         raise TimeoutError(last_line(self.errors) or f"no answer within {limit_s:g} s")
 
+    def leave(self) -> None:
+        """Let it end by itself: its ranks and what it holds end with it."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
     def close(self) -> None:
-        """End it; what is held there is released."""
-        timer = Timer(5, self.process.kill)
-        timer.start()
-        self.process.communicate()
-        timer.cancel()
+        """End it, at the latest after 5 s."""
+        self.leave()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 class Hosts:
@@ -268,10 +276,8 @@ class Hosts:
         for (ok, text, fix), hosts in alike.items():
             who = ", ".join(hosts[:3]) + f" and {len(hosts) - 3} more" * (len(hosts) > 3)
             word = "skip" if ok is None else "ok" if ok else "FAIL"
-            print(
-                f"{word:<5} {who:<8} {name}: {' '.join(text.split())}{f'. Fix: {fix}' if ok is False else ''}",
-                flush=True,
-            )
+            remedy = f". Fix: {fix}" if ok is False else ""
+            print(f"{word:<5} {who:<8} {name}: {' '.join(text.split())}{remedy}", flush=True)
             self.n_failed += ok is False
 
     def ask(
@@ -292,7 +298,12 @@ class Hosts:
 
         asked = [host for host in self.sessions if hosts is None or host in hosts]
         with ThreadPoolExecutor(1000) as pool:
-            found = dict(pool.map(ask_one, asked))
+            try:
+                found = dict(pool.map(ask_one, asked))
+            except KeyboardInterrupt:
+                for host in asked:
+                    self.sessions[host].leave()  # or the pool would wait for their answers
+                raise
         for host, error in [(host, answer) for host, answer in found.items() if isinstance(answer, TimeoutError)]:
             del found[host], self.sessions[host]
             fix = f"see that {sys.executable} runs {Path(__file__).resolve()} in {Path.cwd()} there, and nothing hangs"

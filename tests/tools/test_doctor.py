@@ -1,9 +1,12 @@
 """The doctor finds what is wrong with two hosts, and names what to do."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from tests.conftest import Prepared
 from tests.helpers import ROOT, tiny_run
-from tests.hosts import Host, two_hosts
+from tests.hosts import Host, pid_of, two_hosts
 from tests.programs import run_python
 
 PROGRAM = ROOT / "tools" / "doctor.py"
@@ -181,3 +184,23 @@ print(judge(good, "ranks", 2.0))
     assert [line[:16] for line in lines] == ["Check(ok=False, "] * 3 + ["Check(ok=True, t"]
     assert "wrong sum on ranks [1]" in lines[0] and "wrong product on ranks [1]" in lines[1]
     assert "bus bandwidth 2 GB/s over all, 4 GB/s within a host" in lines[2] and "below --gb-per-s 2.5" in lines[2]
+
+
+@pytest.mark.slow
+def test_a_doctor_that_is_interrupted_leaves_no_rank(hosts: tuple[Host, Host]) -> None:
+    one, two = hosts
+    hostfile = one.folder.parent / "hostfile"
+    hostfile.write_text("n1 slots=1\nn2 slots=1\n")
+    command = [sys.executable, str(PROGRAM), "--hostfile", str(hostfile)]
+    process = one.popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_until(lambda: bool(one.find("--as-rank") and two.find("--as-rank")), 60)
+    os.kill(pid_of(process), signal.SIGINT)
+    wait_until(lambda: not any(host.find("doctor.py") for host in hosts), 10)
+    assert process.communicate()[1] == ""
+
+
+def wait_until(happens: Callable[[], bool], limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.05)
