@@ -9,9 +9,11 @@ from pathlib import Path
 from tests.helpers import ROOT
 
 # Each rank ends as the argument with its number on the node says.
-PROGRAM = """
+PROGRAM = r"""
 import os, signal, sys, time
-print("place", *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+def say(*words):
+    os.write(1, (" ".join(words) + "\n").encode())  # at once, or lines of two ranks mix
+say("place", *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
 end = sys.argv[1:][int(os.environ["LOCAL_RANK"])]
 if end.isdecimal():
     sys.exit(int(end))
@@ -21,7 +23,7 @@ if end == "save":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 if end == "hang":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("listening")
+say("listening")
 time.sleep(100)
 """
 
