@@ -3,10 +3,9 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from megakexue.config import UserError, load_config, run_program
+from megakexue.config import load_config, run_program
 from megakexue.launcher import read_ranks, said_once
 from megakexue.text.manifest import check_inputs
 
@@ -39,26 +38,16 @@ second signal 128 + its number. docs/recovery.md has what happens when.""",
         config = load_config(arguments.config, arguments.overrides)
     with said_once("node"):
         check_inputs(config)
-    # threads that spin while they wait slow down the ranks beside them; read when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # read when torch is imported. Threads that spin while they wait slow down the ranks beside them; and of a rank that
+    # is gone the store's C++ prints a stack, where megakexue/run/watch.py says who it was
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
     import torch
 
-    from megakexue import dist
-    from megakexue.run.guard import TrainingStopped
-    from megakexue.run.preemption import Preempted
-    from megakexue.run.rendezvous import NotAllHere
     from megakexue.run.train import train  # seconds of imports, which a mistake in the config should not cost
+    from megakexue.run.watch import ending
 
-    try:
+    with ending():
         train(config)
-    except (TrainingStopped, NotAllHere) as stopped:
-        dist.say_last(f"stopped: {stopped}")
-        sys.exit(1)
-    except UserError as error:
-        dist.say_last(f"error: {error}")
-        sys.exit(2)
-    except Preempted as preempted:
-        os._exit(preempted.code)  # everything is closed; taking NCCL down may hang, and the cluster will not wait
     torch.distributed.destroy_process_group()
 
 

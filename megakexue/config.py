@@ -700,13 +700,14 @@ class EngineConfig:
     """A collective that waits longer ends the run."""
     rendezvous_s: float = 120.0
     """How long ranks wait at the start for others to come. Those that are missing are named."""
+    stall_s: float = 30.0
+    """After so long without progress the run says which rank is behind, and writes stacks into its logs. It goes on."""
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         positive(self, "engine.bucket_elements", "engine.sequence_ranks")
         at_most(self, 2**31 - 1, "engine.bucket_elements")
-        seconds(self, "engine.timeout_s")
-        seconds(self, "engine.rendezvous_s")
+        seconds(self, "engine.timeout_s", "engine.rendezvous_s", "engine.stall_s")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,6 @@
 """The few collectives that the trainer itself calls, and the place of this process among the ranks."""
 
-import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -16,7 +13,7 @@ from megakexue.launcher import ALONE, Ranks, read_environment, read_ranks
 
 __all__ = [
     "ALONE", "Ranks", "barrier", "count_over_ranks", "gather", "host_group", "read_environment", "read_ranks",
-    "say_last", "sequence_swap", "store", "sum_over_ranks",
+    "sequence_swap", "store", "sum_over_ranks",
 ]  # fmt: skip
 
 
@@ -89,32 +86,3 @@ def count_over_ranks(flags: list[bool], group: Any) -> list[int]:
 def store() -> Any:
     """The key-value store by which the ranks have found one another: any thread may use it at any time."""
     return torch_dist.distributed_c10d._get_default_store()
-
-
-def say_last(message: str, patience_s: float = 3.0) -> None:
-    """Print on stderr why this rank ends. What the first rank says too, other ranks leave to it.
-
-    No collective: ranks that do not fail may be waiting elsewhere, so this one waits for `patience_s` at most.
-    """
-    is_first = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
-    if is_first:
-        print(message, file=sys.stderr, flush=True)
-    elif not _first_says(message, patience_s):
-        print(f"rank {torch_dist.get_rank()}: {message}", file=sys.stderr, flush=True)
-    if not is_first or not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
-        return
-    with suppress(RuntimeError):
-        store().set("megakexue/last", message)
-        # the store is in this process, which stays until the others have read it
-        end = time.monotonic() + patience_s
-        while store().add("megakexue/read", 0) < torch_dist.get_world_size() - 1 and time.monotonic() < end:
-            time.sleep(0.05)
-
-
-def _first_says(message: str, patience_s: float) -> bool:
-    with suppress(RuntimeError):  # the first rank has gone, or says nothing
-        store().wait(["megakexue/last"], timedelta(seconds=patience_s))
-        said = store().get("megakexue/last").decode()
-        store().add("megakexue/read", 1)
-        return said == message
-    return False

@@ -24,7 +24,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-FIXED = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+FIXED = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     # muon is what DeepSpeed imports, and torch's compiler with it, at the first `initialize`

@@ -1,17 +1,14 @@
 """What the collectives return, on several ranks and alone."""
 
-import contextlib
-import io
 import os
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
 import torch
 
-from megakexue.dist import barrier, count_over_ranks, gather, host_group, read_ranks, say_last, sum_over_ranks
+from megakexue.dist import barrier, count_over_ranks, gather, host_group, read_ranks, sum_over_ranks
 from tests.ranks import run_on_ranks
 from tests.test_launcher import STARTED
 
@@ -33,36 +30,6 @@ def collectives() -> tuple[Any, ...]:
 def test_every_rank_gets_the_result_of_a_collective() -> None:
     results = run_on_ranks(3, collectives)
     assert results == [([4.5, 3.0], {"rank 0": 0, "rank 1": 1, "rank 2": 2}, [3, 1, 0])] * 3
-
-
-def last_words() -> tuple[str, float]:
-    """What rank 0 and 1 say alike, and rank 2 differently, and how long it took; then rank 1 alone."""
-    torch.distributed.init_process_group("gloo")
-    rank, began, err = read_ranks().rank, time.monotonic(), io.StringIO()
-    with contextlib.redirect_stderr(err):
-        say_last("stopped" if rank < 2 else "another fault")
-    took = time.monotonic() - began
-    barrier()
-    torch.distributed.destroy_process_group()
-    return err.getvalue(), took
-
-
-def last_words_of_one() -> str:
-    torch.distributed.init_process_group("gloo")
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err):
-        if not read_ranks().is_first:
-            say_last("its disk is full", 0.3)
-    barrier()
-    torch.distributed.destroy_process_group()
-    return err.getvalue()
-
-
-def test_what_all_ranks_say_is_said_once() -> None:
-    said, seconds = zip(*run_on_ranks(3, last_words))
-    assert said == ("stopped\n", "", "rank 2: another fault\n")
-    assert max(seconds) < 2.5  # nobody has waited in vain
-    assert run_on_ranks(2, last_words_of_one) == ["", "rank 1: its disk is full\n"]
 
 
 def test_collectives_of_a_process_alone() -> None:

@@ -45,7 +45,7 @@ LEVELS = {
     ],
     "run": [
         {"order", "source", "records", "guard", "preemption", "zero", "rendezvous"},
-        {"rows", "metrics", "state", "folder"},
+        {"rows", "metrics", "state", "folder", "watch"},
         {"data", "engine"},
         {"checkpoint"},
         {"saves", "resume", "export", "replay"},

@@ -2,13 +2,13 @@
 """Train with non-finite numbers in random micro-batches, to see what the guard does about them on your config."""
 
 import argparse
+import os
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megakexue.config import UserError, as_integer, load_config, require, run_program
+from megakexue.config import as_integer, load_config, require, run_program
 from megakexue.launcher import read_ranks, said_once
 from megakexue.text.manifest import check_inputs
 
@@ -98,9 +98,9 @@ def main() -> None:
             not Path(config.train.run, "checkpoints").exists(),
             f"train.run={config.train.run} has checkpoints: faults are counted from step 1, so choose a new train.run",
         )
-    from megakexue import dist
-    from megakexue.run.guard import TrainingStopped
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in launch/train.py
     from megakexue.run.train import train
+    from megakexue.run.watch import ending
 
     micro_batches = config.train.n_micro_batches(ranks.data_size)
     faults = draw(
@@ -111,14 +111,8 @@ def main() -> None:
         for fault in faults:
             print(fault)
     install(faults, rank=ranks.rank, micro_batches=micro_batches)
-    try:
+    with ending():
         train(config)
-    except TrainingStopped as stopped:
-        dist.say_last(f"stopped: {stopped}")
-        sys.exit(1)
-    except UserError as error:
-        dist.say_last(f"error: {error}")
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -274,6 +274,8 @@ class Engine:
         self._copies = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._emo_rows: Tensor | None = None
         self._readers: list[Callable[[], None]] = []
+        self.mark: Callable[..., None] = lambda *_: None
+        """Is told what phase of a step begins, as `Watch.mark`."""
 
     @property
     def is_sharded(self) -> bool:
@@ -371,6 +373,7 @@ class Engine:
             gradient = self._absorbed(batches, scale)
         else:
             gradient = self._summed(batches, scale, between)
+        self.mark("the end of the backward pass")
         # the one time that the host waits for the device
         numbers = torch.cat([gradient.loss[None], n_targets[None], gradient.squares, gradient.is_bad]).tolist()
         loss_sum, count, *of_parameters = numbers
@@ -406,6 +409,7 @@ class Engine:
         """Let DeepSpeed add the micro-batches' gradients up, and reduce their sum."""
         own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
+            self.mark("micro-batch", f" {i + 1} of {len(batches)}")
             own_loss += self._backward(batch, scale)
             if i < len(batches) - 1:
                 self._engine.step()  # counts the micro-step
@@ -427,6 +431,7 @@ class Engine:
         mean_squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         is_bad = torch.zeros(len(names), dtype=torch.bool, device=self.device)
         for i, batch in enumerate(batches):
+            self.mark("micro-batch", f" {i + 1} of {n}")
             cross_entropy = self._backward(batch, scale)
             own_loss += cross_entropy
             pieces = self._layout.gradients()
@@ -454,6 +459,7 @@ class Engine:
         self, result: StepResult, gradient: _Gradient, lr: float, to_shrink: list[str], *, statistics: bool
     ) -> StepResult:
         """Move the masters if the step is to be taken, free the gradients, and make the weights the masters again."""
+        self.mark("the optimizer")
         is_taken, sums = result.status in ("applied", "shrunk"), None
         self._wait_for_readers()
         if is_taken:

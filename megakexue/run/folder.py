@@ -63,8 +63,8 @@ def together(run: Path, ranks: dist.Ranks) -> Iterator[None]:
         raise UserError(text if len(failures) == ranks.world_size else f"rank {rank}: {text}") from failure
 
 
-def open_run(run: Path, ranks: dist.Ranks, stack: ExitStack) -> None:
-    """Take the run folder for this run alone, and send this rank's log and traceback to it.
+def open_run(run: Path, ranks: dist.Ranks, stack: ExitStack) -> Path:
+    """Take the run folder for this run alone, and send this rank's log to it, whose path is returned.
 
     Raises:
         UserError: the folder cannot be made or written, another run is using it, or the nodes do not share it.
@@ -94,12 +94,7 @@ def open_run(run: Path, ranks: dist.Ranks, stack: ExitStack) -> None:
     if warning:
         log.warning(warning)
         print(f"WARNING: {warning}", flush=True)
-
-    def record(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        log.error("failed", exc_info=(kind, error, trace))
-        sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = record
+    return path
 
 
 def _take(run: Path, stack: ExitStack) -> tuple[str, str | None]:

@@ -66,7 +66,7 @@ class Preemption:
     def __init__(self, ranks: dist.Ranks, *, grace_s: float, timeout_s: float) -> None:
         self._group = dist.host_group("preemption", timeout_s)
         self._key = f"megakexue/preemption/{next(_number)}"
-        self._rank, self._grace_s = ranks.rank, grace_s
+        self._rank, self._is_alone, self._grace_s = ranks.rank, ranks.world_size == 1, grace_s
         self._reason: str | None = None
 
     # --- signals -----------------------------------------------------------------------------------------------------
@@ -75,8 +75,10 @@ class Preemption:
     def listening(self) -> Iterator["Preemption"]:
         """Take the signals until the block is left; if one has come, ignore further ones for the rest of the process.
 
-        The launcher ends the other ranks when one has exited, and these may still be on their way out.
+        The launcher ends the other ranks when one has exited, and these may still be on their way out. Ranks that have
+        failed ignore signals too: they still say why.
         """
+        is_failing = False
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -85,10 +87,13 @@ class Preemption:
         thread.start()
         try:
             yield self
+        except BaseException:
+            is_failing = not self._is_alone
+            raise
         finally:
             signal.set_wakeup_fd(old_fd)
             for number, handler in old_handlers.items():
-                signal.signal(number, signal.SIG_IGN if self._reason else handler)
+                signal.signal(number, signal.SIG_IGN if self._reason or is_failing else handler)
             os.close(writer)  # ends the thread
             thread.join()
             os.close(reader)

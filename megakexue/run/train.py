@@ -37,6 +37,7 @@ from megakexue.run.records import StepRecord, statistics_record
 from megakexue.run.resume import load_emo_rows, start_run
 from megakexue.run.saves import Saves
 from megakexue.run.state import StoppedState, TrainerState
+from megakexue.run.watch import Watch
 
 log = logging.getLogger("megakexue")
 T = TypeVar("T")
@@ -52,30 +53,35 @@ def train(given: Config) -> None:
         NotAllHere: ranks are missing at the start.
     """
     ranks = start(given.engine, host_facts(given))
-    checkpoint.seed_random_state(given.train.seed + ranks.rank)
-    config = resolve_config(given)
-    config.train.n_micro_batches(ranks.data_size)  # refuses a batch that does not divide, before any folder is made
-    with ExitStack() as stack:
-        run = _open(given, config, ranks, stack)
+    with Watch(ranks, given.engine.stall_s) as watch, ExitStack() as stack:
+        checkpoint.seed_random_state(given.train.seed + ranks.rank)
+        config = resolve_config(given)
+        config.train.n_micro_batches(ranks.data_size)  # refuses a batch that does not divide, before any folder is made
+        run = _open(given, config, ranks, watch, stack)
+        stack.push(watch.leaving)  # before anything is closed, which may take its time
         last_step = config.train.stop_at_step or config.train.steps
         if run.state.step >= last_step:
             limit = "train.steps" if last_step == config.train.steps else "train.stop_at_step"
             run.say(f"nothing to do: {run.folder} is at step {run.state.step}; raise {limit} to train on")
         try:
             while True:
+                watch.mark("between steps", step=run.state.step)
                 _validate_if_due(run)
                 if run.state.step >= last_step:
                     break
                 if run.saves.is_due(run.state.step):
+                    watch.mark("beginning a save")
                     run.saves.begin(run.state)
                 _step(run)
         except Interruption as interruption:
             step = run.state.step
+            watch.mark("saving")
             if step:
                 run.saves.save_and_wait(run.state)
             kept = f"saved after step {step}" if step else "before the first step"
             run.end(f"stopped: {interruption}; {kept}; the same command goes on")
             interruption.end()
+        watch.mark("saving")
         if run.state.step != run.saves.saved:
             run.saves.save_and_wait(run.state)
         if run.state.step < config.train.steps:
@@ -95,6 +101,7 @@ class _Run:
     config: ResolvedConfig
     folder: Path
     ranks: dist.Ranks
+    watch: Watch
     preemption: Preemption
     engine: Engine
     data: Batches
@@ -123,12 +130,14 @@ class _Run:
             Interruption: on all ranks.
         """
         value = error = None
+        self.watch.mark("waiting for data")
         try:
             value = read()
         except Interrupted:
             pass  # by the same request as the meeting, which will raise
         except Exception as failure:
             error = failure
+        self.watch.mark("meeting the other ranks")
         if self.preemption.meet(error=error, flag=self.saves.has_finished):
             self.saves.settle(self.state.step)
         return value
@@ -143,12 +152,13 @@ def _say(metrics: Metrics | None, text: str) -> None:
 # --- the start -------------------------------------------------------------------------------------------------------
 
 
-def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitStack) -> _Run:
+def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch, stack: ExitStack) -> _Run:
     """Take the run folder, open the data, build the engine, and load what the run starts from."""
     folder = Path(config.train.run)
     preemption = Preemption(ranks, grace_s=config.checkpoint.grace_s, timeout_s=config.engine.timeout_s)
     stack.enter_context(preemption.listening())
-    open_run(folder, ranks, stack)
+    watch.mark("opening the run folder")
+    watch.log_to(open_run(folder, ranks, stack))
     source = source_version() if ranks.is_first else ""
 
     def batches(split: str) -> Batches:
@@ -160,6 +170,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
         stack.callback(made.close)
         return made
 
+    watch.mark("opening the data")
     data = batches("train")
     of_ranks = dist.gather({str(ranks.rank): (socket.gethostname(), data.fingerprint)})
     for rank, (host, fingerprint) in of_ranks.items():
@@ -174,7 +185,10 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
     valid = batches("valid") if config.evaluate.every_steps else None
     found, warnings = checkpoint.find(folder / "checkpoints", ranks)
     check_not_lost(folder, found, ranks)
+    watch.mark("building the model")
     engine = Engine(config, ranks)
+    engine.mark = watch.mark
+    watch.mark("loading the weights")
     begun = start_run(found, engine, config, data, source)
     load_emo_rows(engine, config, begun.state.init_bundle)
     metrics, peak = None, 0.0
@@ -184,6 +198,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
             describe_run(folder, config, engine.deepspeed_config, source)
             metrics = stack.enter_context(Metrics(folder, config.metrics, n_steps=config.train.steps, **at))
     if metrics:
+        watch.say, watch.close_screen = metrics.message, metrics.close
         shapes = product_shapes(
             config.model, config.train.micro_batch_size * config.data.seq_len // ranks.sequence_size
         )
@@ -203,9 +218,10 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, stack: ExitS
         engine, folder / "checkpoints", begun.saved, say=lambda text: _say(metrics, text),
         sync=metrics.sync if metrics else lambda: None,
     )  # fmt: skip
+    watch.saved = lambda: saves.saved
     return _Run(
-        config=config, folder=folder, ranks=ranks, preemption=preemption, engine=engine, data=data, valid=valid,
-        metrics=metrics, peak_flops=peak, saves=stack.enter_context(saves), state=begun.state,
+        config=config, folder=folder, ranks=ranks, watch=watch, preemption=preemption, engine=engine, data=data,
+        valid=valid, metrics=metrics, peak_flops=peak, saves=stack.enter_context(saves), state=begun.state,
     )  # fmt: skip
 
 
@@ -226,6 +242,7 @@ def _validate_if_due(run: _Run) -> None:
 def _validation_rows(run: _Run, valid: Batches) -> Iterator[Batch]:
     rows = valid.first_rows(run.config.evaluate.n_rows)
     while batch := run.met(lambda: next(rows, None)):
+        run.watch.mark("validation")
         yield batch
 
 
@@ -233,9 +250,10 @@ def _step(run: _Run) -> None:
     """Take one optimizer step, record it, and do what the guard asks for."""
     config, engine, data = run.config, run.engine, run.data
     began = time.perf_counter()
+    step = run.state.step + 1
+    run.watch.mark("the step", step=step)
     batches = run.met(data.next_step)
     assert batches is not None
-    step = run.state.step + 1
     lr = config.optim.lr * lr_factor(config.optim, step, config.train.steps)
     loss_scale, every = engine.guard.loss_scale, config.metrics.statistics_every_steps
     has_statistics = every is not None and step % every == 0
@@ -278,6 +296,7 @@ def _record(run: _Run, metrics: Metrics, result: StepResult, batches: list[Batch
 def _roll_back(run: _Run, result: StepResult) -> list[str]:
     """Go back to the weights of the last regular checkpoint; return lines for the user. Data and steps go on."""
     step = run.state.step
+    run.watch.mark("rolling back")
     run.saves.settle(step)
     # a regular one, so that interruptions, which leave others, do not decide which batches are left out
     folder, warnings = checkpoint.find(run.folder / "checkpoints", run.ranks, run.config.checkpoint.every_steps)
@@ -290,6 +309,7 @@ def _roll_back(run: _Run, result: StepResult) -> list[str]:
 
 def _stop(run: _Run, result: StepResult, batches: list[Batch], rows: list[list[str]], loss_scale: float) -> None:
     """Keep the step for tools/replay_step.py, and end the run. Raises TrainingStopped."""
+    run.watch.mark("stopping")
     reason = f"{result.reason_to_stop}{_culprits(result)}"
     of_ranks = dist.gather({str(run.ranks.rank): rows})
     facts: dict[str, Any] = {
