@@ -225,7 +225,7 @@ class Watch:
         self._seen: dict[int, Seen] = {}
         self._stalled_since: float | None = None
         self._own: BaseException | None = None
-        self._noted = 0.0
+        self._noted, self._failed_at = 0.0, ""
         self._failure: Failure | None = None
         self._is_leaving = self._is_closed = self._is_said = False
         self._wake, self._ended = threading.Event(), threading.Event()
@@ -261,10 +261,11 @@ class Watch:
         """Take note of how the main thread leaves the run, before it closes what is open. A later call does nothing."""
         if self._is_leaving:
             return
+        self._failed_at = self._place
         self.mark("closing")
         if error is not None and not isinstance(error, Preempted):
             if log.handlers:
-                log.error("failed at %s", self._place, exc_info=(kind, error, trace))
+                log.error("failed at %s", self._failed_at, exc_info=(kind, error, trace))
             self._own, self._noted = error, self._clock
         self._is_leaving = True
         self._wake.set()
@@ -299,10 +300,16 @@ class Watch:
             self._wait_for_all("done")
 
     def _wait_for_all(self, counter: str) -> None:
+        """Say that this rank is done with the store; as the first rank, wait for all that are alive."""
         self._store.add(counter, 1)
-        end = time.monotonic() + END_S
-        while self._ranks.is_first and self._store.add(counter, 0) < self._ranks.world_size and time.monotonic() < end:
+        n, end = self._ranks.world_size - len(self._silent()), time.monotonic() + END_S
+        while self._ranks.is_first and self._store.add(counter, 0) < n and time.monotonic() < end:
             time.sleep(0.02)
+
+    def _silent(self) -> list[int]:
+        """Ranks that are dead, as far as this one has seen them."""
+        silent_s = SILENT_BEATS * self._interval
+        return [rank for rank, seen in self._seen.items() if self._clock - seen.heard > silent_s]
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -427,8 +434,8 @@ class Watch:
     def _own_failure(self, error: BaseException) -> Failure:
         kind, text = _kind_and_text(error)
         is_surprise = not isinstance(error, (UserError, TrainingStopped))
-        if is_surprise and self._log:
-            text += f"; the traceback is in {self._log.name}"
+        if is_surprise:
+            text += f", at {self._failed_at}" + (f"; the traceback is in {self._log.name}" if self._log else "")
         return Failure(
             rank=self._ranks.rank, host=self._host, kind=kind, text=text, code=_code(error),
             remedy=self._remedy() if is_surprise else "",
@@ -453,8 +460,7 @@ class Watch:
         if is_of_others(error):
             if self._ranks.is_first or since > SEARCH_S / 2:  # not all of thousands at once
                 self._hear(self._read())
-                silent_s = SILENT_BEATS * self._interval
-                rank = next((r for r, s in self._seen.items() if self._clock - s.heard > silent_s), None)
+                rank = next(iter(self._silent()), None)
             if rank is None and since < max(SEARCH_S, 2 * SILENT_BEATS * self._interval):
                 return
         failure = self._own_failure(error) if rank is None else self._lost(rank)

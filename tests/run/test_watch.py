@@ -229,7 +229,8 @@ def test_a_failure_of_one_rank_is_the_last_word_of_all(prepared: Prepared, tmp_p
     until(lambda: steps(tmp_path / "run") >= 5, processes, tmp_path)
     assert codes_within(processes, 30) == [1, 1]
     log = tmp_path / "run" / "logs" / "rank_1.log"
-    text = f"error: rank 1 on {os.uname().nodename}: ValueError: a wrong shape; the traceback is in {log}"
+    text = f"error: rank 1 on {os.uname().nodename}: ValueError: a wrong shape, at step 7, micro-batch 1 of 2; "
+    text += f"the traceback is in {log}"
     assert screen(tmp_path, 0).splitlines()[-2:] == [text, "the same command goes on from step 5"]
     assert "wrong shape" not in screen(tmp_path, 1) and "Traceback" not in screen(tmp_path, 0) + screen(tmp_path, 1)
     assert "steps       6 of 400" in screen(tmp_path, 0)  # also where the main thread hangs
