@@ -73,6 +73,8 @@ class Failure:
     """The exit code of all ranks."""
     remedy: str = ""
     """How to go on, where the text does not say it."""
+    is_dead: bool = False
+    """Whether the rank can say nothing itself."""
 
     def words(self, own: str | None = None) -> str:
         """What is said last. `own`: the text of the rank that says it; the same one needs no name."""
@@ -227,7 +229,7 @@ class Watch:
         self._own: BaseException | None = None
         self._noted, self._failed_at = 0.0, ""
         self._failure: Failure | None = None
-        self._is_leaving = self._is_closed = self._is_said = False
+        self._is_leaving = self._is_closed = self._is_store_lost = False
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -332,7 +334,7 @@ class Watch:
                 return  # a normal end, and the first rank was faster
             if log.handlers:
                 log.error("the store does not answer: %s", str(error).partition("\n")[0])
-            self._failure = self._lost(0)
+            self._failure, self._is_store_lost = self._lost(0), True
         finally:
             faulthandler.cancel_dump_traceback_later()
         if self._failure is not None:
@@ -452,7 +454,7 @@ class Watch:
             f"ended without a word (last sign of life at {_time_of(seen.heard, self._clock)}, {seen.place}): killed, "
             "stopped, out of memory, or a lost host; `dmesg -T | tail` there says which"
         )
-        return Failure(rank=rank, host=seen.host, kind="error", text=text, code=1, remedy=self._remedy())
+        return Failure(rank=rank, host=seen.host, kind="error", text=text, code=1, remedy=self._remedy(), is_dead=True)
 
     def _search(self, error: BaseException) -> None:
         """Find out whose failure the end of this rank is, and write it where nobody has written another one."""
@@ -490,17 +492,17 @@ class Watch:
 
     def _is_to_say(self, failure: Failure) -> bool:
         """Whether this rank says it: the first one, or if it does not, whoever is the first to notice."""
-        if self._ranks.is_first:
-            return True
-        end = time.monotonic() + (SAID_S if failure.rank else 0)
+        if self._ranks.is_first or self._is_store_lost:
+            return self._ranks.is_first or self._is_deputy
+        end = time.monotonic() + (0 if failure.is_dead and failure.rank == 0 else SAID_S)
         try:
             while time.monotonic() < end:
                 if self._store.check(["said"]):
                     return False
                 time.sleep(0.1)
             return self._store.compare_set("said", "", str(self._ranks.rank)) == str(self._ranks.rank).encode()
-        except RuntimeError:  # the store has gone with the first rank, which has said it, if it could
-            return self._is_deputy and failure.rank == 0
+        except RuntimeError:  # the store has gone with the first rank, which has said it
+            return False
 
 
 @contextmanager

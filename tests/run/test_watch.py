@@ -237,6 +237,15 @@ def test_a_failure_of_one_rank_is_the_last_word_of_all(prepared: Prepared, tmp_p
     assert re.search(r"failed at step 7, .*\nTraceback[\s\S]*ValueError: a wrong shape", log.read_text())
 
 
+def test_what_all_ranks_say_is_said_once(prepared: Prepared, tmp_path: Path) -> None:
+    config = tiny_config(prepared, tmp_path / "run")
+    processes = start_on_ranks(3, train_hindered, config, tmp_path, "")
+    assert codes_within(processes, 60) == [2, 2, 2]
+    text = "error: train.global_batch_size=16 must be a multiple of train.micro_batch_size=4 times the 3 ranks = 12"
+    assert [screen(tmp_path, rank).strip() for rank in range(3)] == [text, "", ""]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_rank_that_waits_or_is_stopped_is_named_and_the_run_goes_on(prepared: Prepared, tmp_path: Path) -> None:
     options = [*SLOW[1:], "train.steps=60", "data.n_prefetch=1"]
