@@ -39,6 +39,7 @@ from megakexue import dist
 from megakexue.config import UserError
 from megakexue.run.guard import TrainingStopped
 from megakexue.run.preemption import Preempted
+from megakexue.run.rendezvous import NotAllHere
 
 END_S = 5.0
 """That a main thread has to come to its end after another rank has failed."""
@@ -516,7 +517,7 @@ def ending() -> Iterator[None]:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
             os._exit(_code(error))
-        if isinstance(error, TrainingStopped):
+        if isinstance(error, (TrainingStopped, NotAllHere)):
             print(f"stopped: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         raise
