@@ -405,7 +405,7 @@ class Watch:
 
     def _tell(self, text: str) -> None:
         if log.handlers:  # without any, Python would print it
-            log.warning("%s", text)
+            log.warning("%s", text.removeprefix("WARNING: "))
         with suppress(OSError):
             self.say(text)
 
