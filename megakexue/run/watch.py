@@ -37,6 +37,7 @@ from torch.distributed import PrefixStore
 
 from megakexue import dist
 from megakexue.config import UserError
+from megakexue.launcher import host_of_each_rank
 from megakexue.run.guard import TrainingStopped
 from megakexue.run.preemption import Preempted
 from megakexue.run.rendezvous import NotAllHere
@@ -166,11 +167,8 @@ def _time_of(moment: float, now: float) -> str:
 
 
 def own_host(ranks: dist.Ranks) -> str:
-    """The name of this host: the one that launch/cluster.py was given, or its own."""
-    names = []
-    for part in filter(None, os.environ.get("MEGAKEXUE_HOSTS", "").split(",")):
-        name, _, slots = part.rpartition(":")
-        names += [name] * int(slots)
+    """The name of this host: the one that the launcher was given, or its own."""
+    names = host_of_each_rank()
     return names[ranks.rank] if len(names) == ranks.world_size else socket.gethostname()
 
 
