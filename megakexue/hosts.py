@@ -116,7 +116,7 @@ def hosts_variable(hosts: Sequence[Host]) -> str:
     return ",".join(f"{host.address}:{host.slots}" for host in hosts)
 
 
-def host_of_each_rank(variable: str) -> list[str]:
+def read_hosts_variable(variable: str) -> list[str]:
     """The name of the host of each rank, from MEGAKEXUE_HOSTS."""
     pairs = [part.rpartition(":") for part in variable.split(",")]
     return [name for name, _, slots in pairs for _ in range(int(slots))]

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 from megakexue.config import UserError
+from megakexue.hosts import read_hosts_variable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +264,7 @@ def expanded(nodes: str) -> list[str]:
 def host_of_each_rank() -> list[str]:
     """The host on which the launcher has started each rank, in their order; []: it does not say so."""
     if "MEGAKEXUE_HOSTS" in os.environ:  # of launch/cluster.py, such as n1:8,n2:8
-        hosts = [part.rpartition(":")[::2] for part in os.environ["MEGAKEXUE_HOSTS"].split(",")]
-        return [host for host, slots in hosts for _ in range(int(slots))]
+        return read_hosts_variable(os.environ["MEGAKEXUE_HOSTS"])
     try:  # DeepSpeed's launcher, which has it as an argument, such as {"n1": [0, 1]}
         arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
         encoded = next(a.partition("=")[2] for a in arguments if a.startswith("--world_info="))

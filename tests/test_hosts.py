@@ -11,11 +11,11 @@ from megakexue.hosts import (
     PASSED,
     Host,
     deepspeed_env,
-    host_of_each_rank,
     hosts_variable,
     is_passed,
     passed,
     read_hostfile,
+    read_hosts_variable,
     ssh_command,
 )
 from tests.hosts import two_hosts
@@ -29,7 +29,7 @@ def test_a_hostfile_is_read_in_order(tmp_path: Path) -> None:
     hosts = read_hostfile(path)
     assert hosts == [Host("n2", 8), Host("user@n1.lan", 4), Host("10.0.0.3", 1)]
     assert hosts_variable(hosts) == "n2:8,n1.lan:4,10.0.0.3:1"
-    assert host_of_each_rank("n2:2,n1.lan:1") == ["n2", "n2", "n1.lan"]
+    assert read_hosts_variable("n2:2,n1.lan:1") == ["n2", "n2", "n1.lan"]
     assert [Host(name, 1).is_here for name in ("localhost", socket.gethostname(), "n2")] == [True, True, False]
 
 

@@ -24,7 +24,7 @@ FOLDERS = {
 }
 """What each folder may import beside itself: modules of the top, and folders."""
 LEVELS = {
-    "": [{"config"}, {"files", "launcher", "hosts"}, {"facts", "dist", "doctor"}],
+    "": [{"config"}, {"files", "hosts"}, {"facts", "launcher"}, {"dist", "doctor"}],
     "text": [
         {"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards", "progress"},
         {"ledger"},
