@@ -304,6 +304,16 @@ def run_folder(arguments: list[str]) -> Path | None:
         return None
 
 
+def is_interrupted(inbox: queue.SimpleQueue[tuple[Any, ...]], pause_s: float) -> bool:
+    """Wait; return whether the user has sent a signal. A host may still have something to say of the last start."""
+    end = time.monotonic() + pause_s
+    while (left := end - time.monotonic()) > 0:
+        with suppress(queue.Empty):
+            if inbox.get(timeout=left)[1] == "signal":
+                return True
+    return False
+
+
 def keep_going(args: argparse.Namespace, hosts: list[Host], env: dict[str, str]) -> int:
     """Start, and start again; return the exit code."""
     inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
@@ -325,8 +335,7 @@ def keep_going(args: argparse.Namespace, hosts: list[Host], env: dict[str, str])
             break
         pause = min(args.pause * 2 ** (n_failed - 1), LONGEST_PAUSE_S)
         say(f"failed: {what}; restart {n_failed} of {args.retries} in {pause:g} s")
-        with suppress(queue.Empty):
-            inbox.get(timeout=pause)
+        if is_interrupted(inbox, pause):
             break
     if attempt.problem:
         goes_on = was_started and code != 2

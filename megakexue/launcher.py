@@ -272,7 +272,8 @@ def host_of_each_rank() -> list[str]:
     except (OSError, StopIteration, ValueError):
         pass
     nodes = expanded(os.environ.get("SLURM_STEP_NODELIST", ""))
-    is_block = os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block")
+    # mpirun in a job of Slurm starts one helper a node, of which these variables speak
+    is_block = os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block") and not _found(_SYSTEMS["Open MPI"])
     return [node for node, count in zip(nodes, _tasks_of_nodes()) for _ in range(int(count))] if is_block else []
 
 

@@ -119,7 +119,9 @@ def check_host(words: list[str], n_slots: int | None, world_size: int, checkpoin
 
     found = doctor.run_checks({"config": load})
     found |= doctor.run_checks(dict(checks))
-    gpus = doctor.gpus() if found["GPUs"].ok else []
+    gpus: list[dict[str, str]] = []
+    with suppress(OSError, subprocess.TimeoutExpired):  # its own line says so
+        gpus = doctor.gpus() if found["GPUs"].ok else []
     if gpus:
         facts["device GPUs"] = ", ".join(sorted({f"{gpu['name']} driver {gpu['driver_version']}" for gpu in gpus}))
     return {"checks": found, "facts": facts, "n_gpus": len(gpus)}

@@ -154,12 +154,7 @@ def start(config: EngineConfig, facts: dict[str, str] | None = None) -> dist.Ran
     # a garbage collection need not look at what is imported: stage 3 collects when it starts, which took a second
     gc.freeze()
     atexit.register(gc.unfreeze)  # or libraries complain that their objects outlive the interpreter
-    size = config.sequence_ranks
-    require(
-        ranks.world_size % size == 0,
-        f"engine.sequence_ranks={size} must divide the {ranks.world_size} ranks: start a multiple of {size} ranks",
-    )
-    return replace(ranks, sequence_size=size)
+    return replace(ranks, sequence_size=config.sequence_ranks)
 
 
 def _keep_freed_memory() -> None:

@@ -66,6 +66,7 @@ def join(ranks: Ranks, own: dict[str, str], backend: str, config: EngineConfig) 
             sys.exit(1 if isinstance(error, NotAllHere) else 2)
         raise
     torch.set_num_threads(answer["threads"])
+    store.set_timeout(group["timeout"])  # by it, ranks make later groups too, and one of them may still be compiling
     torch.distributed.init_process_group(backend, store=store, **group)
 
 
@@ -91,10 +92,13 @@ def _connect(ranks: Ranks, end: float, patience_s: float) -> Any:
     if ranks.local_world_size < ranks.world_size:
         _use_interface(own)
     try:
-        return torch.distributed.TCPStore(
+        store = torch.distributed.TCPStore(
             address, port, ranks.world_size, is_master=serves, wait_for_workers=False, multi_tenant=True,
             timeout=timedelta(seconds=patience_s),
         )  # fmt: skip
+        # torchrun's agent may keep its store from one start of the ranks to the next
+        n_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return torch.distributed.PrefixStore(f"restart {n_restarts}", store) if n_restarts != "0" else store
     except RuntimeError as error:
         require(
             "EADDRINUSE" not in str(error) and "in use" not in str(error),
@@ -181,12 +185,12 @@ def _answer(
 ) -> dict[str, Any]:
     """Say what this rank is, and return what the first rank answers: `error`, `code` and `threads`."""
     digest, nonce = facts.digest(own), secrets.token_hex(8)
-    if not store.check([f"{KEY}/facts/{digest}"]):
-        store.set(f"{KEY}/facts/{digest}", json.dumps(own))
-    store.set(f"{KEY}/rank/{ranks.rank}", json.dumps(entry | {"digest": digest, "nonce": nonce}))
-    if ranks.is_first:
-        return _judge(store, ranks, end, patience_s)
     try:
+        if not store.check([f"{KEY}/facts/{digest}"]):
+            store.set(f"{KEY}/facts/{digest}", json.dumps(own))
+        store.set(f"{KEY}/rank/{ranks.rank}", json.dumps(entry | {"digest": digest, "nonce": nonce}))
+        if ranks.is_first:
+            return _judge(store, ranks, end, patience_s)
         store.wait([f"{KEY}/answer/{nonce}"], timedelta(seconds=max(1.0, end + launcher.PATIENCE_S - time.monotonic())))
         answer = json.loads(store.get(f"{KEY}/answer/{nonce}"))
         store.add(f"{KEY}/read", 1)

@@ -56,6 +56,11 @@ def train(given: Config) -> None:
     with Watch(ranks, given.engine.stall_s) as watch, ExitStack() as stack:
         checkpoint.seed_random_state(given.train.seed + ranks.rank)
         config = resolve_config(given)
+        require(
+            ranks.world_size % ranks.sequence_size == 0,
+            f"engine.sequence_ranks={ranks.sequence_size} must divide the {ranks.world_size} ranks: start a multiple "
+            "of it",
+        )
         config.train.n_micro_batches(ranks.data_size)  # refuses a batch that does not divide, before any folder is made
         run = _open(given, config, ranks, watch, stack)
         stack.push(watch.leaving)  # before anything is closed, which may take its time

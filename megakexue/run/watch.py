@@ -161,6 +161,13 @@ def find_stall(
     return since, f"no progress for {now - since:.0f} s: {named}: behind the others, {where}"
 
 
+def _aside(action: Callable[[], None]) -> None:
+    """Do something in a thread of its own, and wait for END_S at most: the file system of the run folder may hang."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(END_S)
+
+
 def _time_of(moment: float, now: float) -> str:
     """The time of day of a moment of our clock."""
     return time.strftime("%T", time.localtime(time.time() - (now - moment)))
@@ -217,6 +224,7 @@ class Watch:
         # another rank notices that the first one is stopped: one on its host, and one on the next
         self._is_deputy = not ranks.is_first and ranks.rank in (1, ranks.local_world_size)
         self._interval = max(1.0, ranks.world_size / 1000)
+        self._search_s = max(SEARCH_S, 2 * SILENT_BEATS * self._interval)
         self._store: Any = None
         self._log: BinaryIO | None = None
         self._clock = self._marked = 0.0
@@ -279,7 +287,7 @@ class Watch:
         Watch.handled = error
         self._ended.set()
         self._wake.set()
-        self._thread.join(SEARCH_S + SAID_S)
+        self._thread.join(self._search_s + 2 * SAID_S)
         if self._failure is None:  # the thread waits for a store that is stopped
             print(self._own_failure(self._own).words(), file=sys.stderr, flush=True)
         elif is_of_others(self._own) and self._failure.rank != self._ranks.rank:
@@ -402,15 +410,20 @@ class Watch:
         return f"stacks are in {Path(self._log.name).parent}" if self._log else "it has no log yet"
 
     def _tell(self, text: str) -> None:
-        if log.handlers:  # without any, Python would print it
-            log.warning("%s", text.removeprefix("WARNING: "))
         with suppress(OSError):
             self.say(text)
+        if log.handlers:  # without any, Python would print it
+            _aside(lambda: log.warning("%s", text.removeprefix("WARNING: ")))
 
     def _dump(self) -> None:
-        if self._log:
-            self._log.write(f"{time.strftime('%F %T')} stalled at {self._place}; the stacks of all threads:\n".encode())
-            faulthandler.dump_traceback(file=self._log)
+        _aside(self._write_stacks)
+
+    def _write_stacks(self) -> None:
+        with suppress(OSError, ValueError):  # a full disk; a log that the main thread has just closed
+            if self._log:
+                line = f"{time.strftime('%F %T')} stalled at {self._place}; the stacks of all threads:\n"
+                self._log.write(line.encode())
+                faulthandler.dump_traceback(file=self._log)
 
     def _watch_first(self) -> None:
         """In a thread of a deputy: say it where the first rank gives no sign of life, perhaps since its store hangs."""
@@ -459,10 +472,10 @@ class Watch:
         """Find out whose failure the end of this rank is, and write it where nobody has written another one."""
         since, rank = self._clock - self._noted, None
         if is_of_others(error):
-            if self._ranks.is_first or since > SEARCH_S / 2:  # not all of thousands at once
+            if self._ranks.is_first or since > self._search_s / 2:  # not all of thousands at once
                 self._hear(self._read())
                 rank = next(iter(self._silent()), None)
-            if rank is None and since < max(SEARCH_S, 2 * SILENT_BEATS * self._interval):
+            if rank is None and since < self._search_s:
                 return
         failure = self._own_failure(error) if rank is None else self._lost(rank)
         written = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
@@ -472,14 +485,12 @@ class Watch:
         """Have it said on one screen, and end this process, unless the main thread does."""
         own = self._own_failure(self._own).text if self._own else None
         if own != failure.text and log.handlers:
-            log.error("%s", failure.words())
+            _aside(lambda: log.error("%s", failure.words()))
         with suppress(RuntimeError):
             if not self._ranks.is_first:
                 self._store.add("read", 1)
         if not self._ended.wait(END_S):
-            closer = threading.Thread(target=self.close_screen, daemon=True)
-            closer.start()
-            closer.join(END_S)
+            _aside(self.close_screen)
         if self._is_to_say(failure):
             print(failure.words(own), file=sys.stderr, flush=True)
         with suppress(RuntimeError):

@@ -183,7 +183,7 @@ def test_a_second_signal_kills_what_does_not_listen(folder: Path) -> None:
     process = subprocess.Popen(command(folder, "wait:deaf", "wait:save"), stderr=subprocess.PIPE, text=True)
     pids = waiting(folder)
     process.send_signal(signal.SIGINT)
-    time.sleep(5.2)
+    time.sleep(6.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
@@ -271,7 +271,7 @@ def test_hosts_that_are_lost_are_named(rig: Rig, both: Path) -> None:
     assert len(two.kill("cluster.py --on-host")) == 1
     until(lambda: not two.find("program.py"), 5)
     _, err = process.communicate(timeout=40)
-    assert process.returncode == 1 and 24 < time.monotonic() - began < 30
+    assert process.returncode == 1 and 24 < time.monotonic() - began < 45
     assert "n2 was lost (exit code" in err and err.splitlines()[-1].startswith("failed: n2 was lost")
     assert not one.find("program.py")
     two.cut()
