@@ -107,6 +107,7 @@ class Slurm:
 
         def is_over(job: dict[str, str]) -> bool:
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":  # Slurm would wait for two minutes
+                time.sleep(2)  # in the same second, a node takes the new start for the old one that was ended
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now", cwd=self.folder)
             return job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING")
 

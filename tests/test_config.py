@@ -165,7 +165,7 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         (["engine.sequence_ranks=3"], "engine.sequence_ranks=3 must divide model.n_heads=4"),
         (["engine.sequence_ranks=4", "data.seq_len=250"], "engine.sequence_ranks=4 must divide data.seq_len=250"),
         (
-            ["model.n_heads=12", "model.n_kv_heads=6", "engine.sequence_ranks=4"],
+            ["model.d_model=96", "model.n_heads=12", "model.n_kv_heads=6", "engine.sequence_ranks=4"],
             "engine.sequence_ranks=4 must divide model.n_kv_heads=6, or be a multiple of it",
         ),
         (["data.download_timeout_s=0"], "data.download_timeout_s=0.0 must be between 0.001 and 31"),

@@ -313,7 +313,7 @@ def start_everywhere(rig: Rig, start: str, hostfile: Path, folder: Path, program
     return [process.returncode for process in running]
 
 
-STEPS = ("train.steps=60", "checkpoint.every_steps=10", "evaluate.every_steps=30")
+STEPS = ("train.steps=40", "checkpoint.every_steps=10", "evaluate.every_steps=20")
 
 
 @pytest.fixture(scope="module")

@@ -47,28 +47,25 @@ def test_the_exit_code_decides_what_follows(slurm: Slurm, tmp_path: Path) -> Non
         "1 1 9 0": ("FAILED", "9:0", "0", 3),
         "wait": ("CANCELLED", "0:15", "0", 1),  # with 75, but whoever cancels a job wants its end
     }
-    jobs = {}
     # the dynamic linker would look at the value, and so would Python at some
     passed = {name.replace("*", "X"): "goes to all hosts" for name in PASSED if name not in ("PATH", "LD_PRELOAD")}
-    for codes in cases:
+    for codes, (state, exit_code, restarts, starts) in cases.items():  # one after another: each takes all nodes
         folder = tmp_path / codes.replace(" ", "_")
         (folder / "launch").mkdir(parents=True)
         shutil.copy(ROOT / "launch" / "slurm.sbatch", folder / "launch")
         (folder / "launch" / "train.py").write_text(PROGRAM)
         (folder / "launch" / "train.py").chmod(0o755)
-        jobs[codes] = submit(slurm, folder, *codes.split(), **passed, RANK="5", MASTER_ADDR="elsewhere")
-    for codes, (state, exit_code, restarts, starts) in cases.items():
-        folder = tmp_path / codes.replace(" ", "_")
+        number = submit(slurm, folder, *codes.split(), **passed, RANK="5", MASTER_ADDR="elsewhere")
         if codes == "wait":
             wait_for_lines(folder / "started", 2)
             time.sleep(0.5)  # both listen to signals then
-            slurm.run("scancel", jobs[codes], cwd=folder)
-        job = slurm.wait_for_end(jobs[codes])
+            slurm.run("scancel", number, cwd=folder)
+        job = slurm.wait_for_end(number)
         assert (job["JobState"], job["ExitCode"], job["Restarts"]) == (state, exit_code, restarts), codes
         assert (folder / "started").read_text().count("rank") == 2 * starts, codes
         if codes == "wait":
             continue
-        log = (folder / f"slurm-{jobs[codes]}.out").read_text()
+        log = (folder / f"slurm-{number}.out").read_text()
         assert log.count("left over: \n") == 2 * starts, log
         for rank in "01":
             lines = (folder / f"passed{rank}").read_text().splitlines()
