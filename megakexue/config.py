@@ -692,6 +692,12 @@ class EngineConfig:
     """What the backward pass computes again instead of keeping it, which saves memory and changes no bit. product: the
     product in SwiGLU, at hardly any cost; feed_forward: SwiGLU's two first products too; block: all but a block's
     input, a third more work. The way to longer rows and larger micro-batches."""
+    recompute_offload: bool = False
+    """With recompute=block, keep the inputs of blocks in the host's pinned memory instead of the GPU's. Changes no
+    bit."""
+    tile_tokens: int | None = None
+    """Compute the feed-forward and what else looks at one token alone for so many tokens of a row at a time, and again
+    in the backward pass. For rows that are much longer than this, such as 8192. It rounds differently. null: off."""
     sequence_ranks: int = 1
     """Neighbouring ranks that share rows, for rows that are too long for one: each computes a part of the tokens, and
     in attention some of the heads (Ulysses). It divides the ranks, model.n_heads and data.seq_len. It may change at a
@@ -706,6 +712,17 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         positive(self, "engine.bucket_elements", "engine.sequence_ranks")
+        positive(self, "engine.tile_tokens", alternative=", or null for off")
+        require(
+            not self.recompute_offload or self.recompute == "block",
+            f"engine.recompute_offload=true moves what engine.recompute=block keeps, and it is {self.recompute}: "
+            "set it to block",
+        )
+        require(
+            self.tile_tokens is None or self.recompute in ("none", "block"),
+            f"engine.tile_tokens={self.tile_tokens} computes the feed-forward again by itself: set engine.recompute to "
+            f"none or block instead of {self.recompute}",
+        )
         at_most(self, 2**31 - 1, "engine.bucket_elements")
         seconds(self, "engine.timeout_s", "engine.rendezvous_s", "engine.stall_s")
 

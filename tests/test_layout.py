@@ -31,7 +31,7 @@ LEVELS = {
         {"prepare"},
     ],
     "core": [
-        {"device", "axes", "sequence"},
+        {"device", "axes", "sequence", "recompute"},
         {"costs", "batch", "bases", "attention", "loss", "schedule", "segments", "rules"},
         {"resolve", "rope", "optim", "plan"},
         {"decoder"},

@@ -17,7 +17,7 @@ of what torch allocates in a step at every ZeRO stage (tests).
 import math
 from typing import Any
 
-from megakexue.config import LOSS_CHUNK, Config, ModelConfig
+from megakexue.config import LOSS_CHUNK, Config, ModelConfig, require
 from megakexue.core.axes import AXES, entries, shape
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -99,29 +99,64 @@ def kept_of_layer(config: Config, is_compiled: bool, recompute: str | None = Non
     and its result. SwiGLU keeps gate, up and their product; eager also silu(gate).
 
     Args:
-        recompute: instead of `engine.recompute`.
+        recompute: instead of `engine.recompute`; `tiles`: none, with tiles of tokens.
     """
     model, w = config.model, WIDTHS[config.engine.dtype]
-    recompute = recompute or config.engine.recompute
-    m, f, h, g = model.d_model, model.d_ff, model.n_heads, model.n_groups
+    recompute = recompute or (
+        "tiles" if _tile(config) and config.engine.recompute == "none" else config.engine.recompute
+    )
+    m, f, is_prenorm = model.d_model, model.d_ff, model.residual == "prenorm"
     if recompute == "block":
         return w * m, 0
-
-    def norm(width: int) -> int:
-        return 2 * w * width + 4 if is_compiled else 8 * width + 4 + w * width
-
-    branch = norm(m) + w * f * {"none": 3 if is_compiled else 4, "product": 2, "feed_forward": 0}[recompute]
-    if recompute == "feed_forward" and model.residual == "prenorm":
+    attention, once = _kept_of_attention(config, is_compiled)
+    norm = _kept_of_norm(m, w, is_compiled)
+    if recompute == "tiles":  # the stream, which an eager norm in 16 bits keeps as float32 alone
+        return attention + (norm + w * m * (not is_compiled and w < 4) if is_prenorm else w * m), once
+    branch = norm + w * f * {"none": 3 if is_compiled else 4, "product": 2, "feed_forward": 0}[recompute]
+    if recompute == "feed_forward" and is_prenorm:
         branch = w * m
-    attention = w * (h + g) * (model.head_width + model.value_width) + 4 * h
-    per_token = norm(m) + branch + attention
+    return norm + branch + attention, once
+
+
+def _kept_of_norm(width: int, w: int, is_compiled: bool) -> int:
+    return 2 * w * width + 4 if is_compiled else 8 * width + 4 + w * width
+
+
+def _kept_of_attention(config: Config, is_compiled: bool) -> tuple[int, int]:
+    """Return the bytes that attention keeps without its norm: for each token, and beside that once."""
+    model, w, n_shared = config.model, WIDTHS[config.engine.dtype], config.engine.sequence_ranks
+    h, g = model.n_heads, max(model.n_groups, n_shared)  # a rank of those that share rows has one group at least
+    per_token = w * (h + g) * (model.head_width + model.value_width) + 4 * h
     if model.mla is None:
         return per_token, 0
-    latents = [model.mla.d_latent, *([model.mla.d_query_latent] if model.mla.d_query_latent else [])]
+    mla = model.mla
+    latents = [mla.d_latent, *([mla.d_query_latent] if mla.d_query_latent else [])]
     if not is_compiled and w == 4:  # a norm keeps its input, a view of the product that has the rotary key too
-        per_token += w * model.mla.d_rope
+        per_token += w * mla.d_rope
+    if n_shared > 1:  # the latents and rotary keys of all tokens of the row, where these are what ranks exchange
+        sent = n_shared * (mla.d_latent + mla.d_rope)
+        per_token += w * sent * (sent < h * (mla.d_nope + mla.d_rope + mla.d_value))
     # the projections into latents are put side by side, and that copy is kept
-    return per_token + sum(map(norm, latents)), w * m * (sum(latents) + model.mla.d_rope)
+    return per_token + sum(_kept_of_norm(n, w, is_compiled) for n in latents), w * model.d_model * (
+        sum(latents) + mla.d_rope
+    )
+
+
+def _tile(config: Config) -> int | None:
+    """Return the tokens of a tile, or None where a rank's part of a row is one."""
+    own, tile = config.data.seq_len // config.engine.sequence_ranks, config.engine.tile_tokens
+    return tile if tile and tile < own else None
+
+
+def n_data_ranks(config: Config, world_size: int) -> int:
+    """Return how many parts the rows of a batch are dealt to: ranks, or groups of ranks that share rows.
+
+    Raises:
+        UserError: `engine.sequence_ranks` does not divide the ranks.
+    """
+    size = config.engine.sequence_ranks
+    require(world_size % size == 0, f"engine.sequence_ranks={size} must divide the {world_size} ranks")
+    return world_size // size
 
 
 # --- the moments of a step -------------------------------------------------------------------------------------------
@@ -137,8 +172,8 @@ def moments(
     """Return what a rank holds at those moments of a step at which the most may be held.
 
     `work` is what the backward pass of one block has beside what is kept for it: the part that is computed again, and
-    gradients of activations. Not counted: the CUDA context, the buffers of NCCL, fragmentation, tokens and rotary
-    tables, and what an update works with at a time.
+    gradients of activations. Not counted: the CUDA context, the buffers of NCCL, fragmentation, tokens, and what an
+    update works with at a time.
 
     Args:
         n_rows: of a micro-batch, instead of `train.micro_batch_size`.
@@ -149,7 +184,7 @@ def moments(
         UserError: the global batch is not a multiple of what all ranks take at a time.
     """
     model, w = config.model, WIDTHS[config.engine.dtype]
-    n_tokens = (n_rows or config.train.micro_batch_size) * config.data.seq_len
+    n_tokens = (n_rows or config.train.micro_batch_size) * config.data.seq_len // config.engine.sequence_ranks
     held, reduced = _held(config, world_size)
     head, stream = w * model.vocab_size * model.d_model, w * n_tokens * model.d_model
     d_head = 4 * model.vocab_size * model.d_model  # float32, since many chunks are added up
@@ -191,7 +226,9 @@ def _held(config: Config, world_size: int) -> tuple[Parts, Parts]:
     gradients, bucket, is_alone = held.pop("gradients"), w * config.engine.bucket_elements, world_size == 1
     if config.loss.emo:
         held["weights"] += w * model.vocab_size * model.d_model
-    is_carried = config.train.n_micro_batches(world_size) > 1 and config.optim.accumulate == "gradient"
+    is_carried = (
+        config.train.n_micro_batches(n_data_ranks(config, world_size)) > 1 and config.optim.accumulate == "gradient"
+    )
     if stage == 3:
         counts = parameter_counts(model).items()
         whole = sum(n for name, n in counts if math.prod(shape(name, model)) <= PERSISTENT_ELEMENTS)
@@ -243,9 +280,15 @@ def _activations(config: Config, n_tokens: int, is_compiled: bool) -> tuple[int,
     per_token, once = kept_of_layer(config, is_compiled)
     whole_per_token, whole_once = kept_of_layer(config, is_compiled, "none")
     last_norm = 0 if model.residual == "deepnorm" else (2 * w if is_compiled else 8) * model.d_model + 4
-    kept_by_all = model.n_layers * (n_tokens * per_token + once) + n_tokens * last_norm
+    # inputs that wait on the host: one is there for the layer at work
+    n_layers = 1 if config.engine.recompute_offload else model.n_layers
+    kept_by_all = n_layers * (n_tokens * per_token + once) + n_tokens * last_norm + _rotary_bytes(config, n_tokens)
     again = n_tokens * (whole_per_token - per_token) + whole_once - once
     m, f, recompute = model.d_model, model.d_ff, config.engine.recompute
+    if tile := _tile(config):
+        return kept_by_all, _work_in_tiles(
+            config, n_tokens, tile * n_tokens // (config.data.seq_len // config.engine.sequence_ranks), is_compiled
+        )
     if is_compiled:  # a gradient of the width of SwiGLU, or three where the compiler has to make its tensors again
         return kept_by_all, again + n_tokens * w * f * (1 if recompute in ("none", "block") else 3) + w * f * m
     # at its top, a block is in the backward pass of its last norm, or behind that in that of SwiGLU, where the norm's
@@ -255,10 +298,34 @@ def _activations(config: Config, n_tokens: int, is_compiled: bool) -> tuple[int,
     return kept_by_all, work
 
 
+def _rotary_bytes(config: Config, n_tokens: int) -> int:
+    """Return the bytes of cosines and sines in float32: the tables of a row, and those of a rank's tokens."""
+    model = config.model
+    return 4 * model.rotary_width * (1 if model.attention.scale == "constant" else 2) * (n_tokens + config.data.seq_len)
+
+
+def _work_in_tiles(config: Config, n_tokens: int, n_of_tile: int, is_compiled: bool) -> int:
+    """Return the work of a block whose feed-forward is in tiles: in a tile's backward pass, or in attention's."""
+    model, w = config.model, WIDTHS[config.engine.dtype]
+    m, f, h, g, d, e = (
+        model.d_model, model.d_ff, model.n_heads, model.n_groups, model.head_width, model.value_width,
+    )  # fmt: skip
+    counts = parameter_counts(model)
+    names = "attention.wo", *(f"feed_forward.{name}" for name in ("w_gate", "w_up", "w_down"))
+    behind = sum(counts[f"blocks.{name}"] for name in names) // model.n_layers
+    attention, once = _kept_of_attention(config, is_compiled)
+    again = n_tokens * attention + once if config.engine.recompute == "block" else 0
+    streams = (
+        n_tokens * w * (2 * m + h * e)
+    )  # gradients of the block's result, of its input and of what attention gives
+    of_tile = n_of_tile * (2 * _kept_of_norm(m, w, is_compiled) + w * f * (3 if is_compiled else 4))
+    of_tile += n_of_tile * (w * f if is_compiled else max(16 * m, 2 * w * f - 6 * m)) + (4 + w) * behind
+    # an eager rotation computes in float32
+    rotated = n_tokens * (w if is_compiled else 12) * h * d
+    return again + streams + max(of_tile, w * behind + n_tokens * w * ((h + g) * d + g * e) + rotated)
+
+
 def _logits(model: ModelConfig, n_tokens: int, chunk: int, w: int, is_compiled: bool) -> int:
-    """Return the bytes of a chunk's logits: as they come, in float32, one temporary, and gradients; of two chunks where
-    there are several, since the chunk before is forgotten only then."""
-    is_again, n = n_tokens > chunk, min(chunk, n_tokens) * model.vocab_size
-    if is_compiled:
-        return w * n * (3 if is_again else 2)
-    return n * (12 if is_again else 8 if w == 4 else 10)
+    """Return the bytes of a chunk's logits: as they come, in float32, one temporary, and gradients."""
+    n = min(chunk, n_tokens) * model.vocab_size
+    return n * (2 * w if is_compiled else 8 if w == 4 else 10)

@@ -35,13 +35,13 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from megakexue.config import LossConfig, MlaConfig, Recompute, ResolvedModel
 from megakexue.core.attention import Backend, Layout, attend, attend_shared
 from megakexue.core.axes import axes, shape
 from megakexue.core.device import compiled
 from megakexue.core.loss import PLAIN, Losses, Scale, cross_entropy
+from megakexue.core.recompute import in_tiles, recomputed
 from megakexue.core.rope import Rotary, RotaryTables, rotate
 from megakexue.core.sequence import Sequence
 
@@ -124,10 +124,10 @@ class GroupedQueryAttention(nn.Module):
         self.similarity = config.attention.similarity
         self.wq, self.wk, self.wv, self.wo = _parameters(config, "attention", "wq", "wk", "wv", "wo")
 
-    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache) -> Stream:
+        """Decode: attend to what the cache has too. `project` and `mix` are training's way."""
         q, k, v = self.project(x, rotary)
-        if cache is not None:
-            k, v = cache.extend(layout, k, v)
+        k, v = cache.extend(layout, k, v)
         return functional.linear(self.mix(q, k, v, layout).flatten(2), self.wo)
 
     def sends_latent(self, sequence: Sequence | None) -> bool:
@@ -162,10 +162,8 @@ class LatentAttention(nn.Module):
         self.wk_up, self.wv_up, self.wo = _parameters(config, "attention", "wk_up", "wv_up", "wo")
         self.kv_norm = Norm(mla.d_latent, config.norm_eps)
 
-    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
-        if cache is None:
-            parts = self.project(x, rotary, self.sends_latent(layout.sequence))
-            return functional.linear(self.mix(*parts, layout).flatten(2), self.wo)
+    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache) -> Stream:
+        """Decode: attend to what the cache has too. `project` and `mix` are training's way."""
         q, latent, k_rope = self._latents(x, rotary)
         (kept,) = cache.extend(layout, torch.cat([latent[:, :, None], k_rope], dim=-1))
         if layout.is_absorbed:
@@ -233,11 +231,6 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthc,hec->bthe", out, self.wv_up.view(h, -1, c))
 
 
-def _recomputed(function: Callable[..., Stream], *arguments: object) -> Stream:
-    """Call the function, and call it again in the backward pass instead of keeping what happens in it."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
 class FeedForward(nn.Module):
     """SwiGLU."""
 
@@ -248,7 +241,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Stream) -> Stream:
         gate, up = functional.linear(x, self.w_gate), functional.linear(x, self.w_up)
-        return _recomputed(self._down, gate, up) if self.recompute == "product" else self._down(gate, up)
+        return recomputed(self._down, gate, up) if self.recompute == "product" else self._down(gate, up)
 
     def _down(self, gate: Float[Tensor, "b t f"], up: Float[Tensor, "b t f"]) -> Stream:
         return functional.linear(functional.silu(gate) * up, self.w_down)
@@ -266,18 +259,24 @@ class Block(nn.Module):
         self.feed_forward_norm = Norm(config.d_model, config.norm_eps)
         self._compiled: tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Stream]] | None = None
         self.recompute: Recompute = "none"
+        self.offload = False
+        self.tile_tokens: int | None = None
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        if cache is not None:  # decoding is eager: each length would be another graph
+            return self._rest(x, self.attention(self._attention_input(x), rotary, layout, cache))
         if self.recompute == "block" and torch.is_grad_enabled():
-            return _recomputed(self._forward, x, rotary, layout, cache)
-        return self._forward(x, rotary, layout, cache)
+            return recomputed(self._forward, x, rotary, layout, offload=self.offload)
+        return self._forward(x, rotary, layout)
 
-    def _forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
-        if self._compiled and cache is None:  # decoding is eager: each length would be another graph
-            before, after = self._compiled
-            parts = before(x, rotary, self.attention.sends_latent(layout.sequence))
-            return after(x, self.attention.mix(*parts, layout))
-        return self._rest(x, self.attention(self._attention_input(x), rotary, layout, cache))
+    def _forward(self, x: Stream, rotary: Rotary, layout: Layout) -> Stream:
+        before, after = self._compiled or (self._before, self._after)
+        mixed = self.attention.mix(*before(x, rotary, self.attention.sends_latent(layout.sequence)), layout)
+        if self.tile_tokens is None:
+            return after(x, mixed.flatten(2))
+        norms = [self.feed_forward_norm] if self.is_prenorm else [self.attention_norm, self.feed_forward_norm]
+        weights = [self.attention.wo, *self.feed_forward.parameters(), *(norm.gain for norm in norms)]
+        return in_tiles(after, self.tile_tokens, (x, mixed.flatten(2)), weights)
 
     def _attention_input(self, x: Stream) -> Stream:
         return self.attention_norm(x) if self.is_prenorm else x
@@ -286,7 +285,7 @@ class Block(nn.Module):
         """Return the block's output from its input and what attention makes of it."""
         x = x + attended if self.is_prenorm else self.attention_norm(self.alpha * x + attended)
         branch = self._feed_forward
-        y = _recomputed(branch, x) if self.recompute == "feed_forward" else branch(x)
+        y = recomputed(branch, x) if self.recompute == "feed_forward" else branch(x)
         return x + y if self.is_prenorm else self.feed_forward_norm(self.alpha * x + y)
 
     def _feed_forward(self, x: Stream) -> Stream:
@@ -303,8 +302,8 @@ class Block(nn.Module):
     def _before(self, x: Stream, rotary: Rotary, as_latent: bool) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.project(self._attention_input(x), rotary, as_latent)
 
-    def _after(self, x: Stream, mixed: Float[Tensor, "b t h e"]) -> Stream:
-        return self._rest(x, functional.linear(mixed.flatten(2), self.attention.wo))
+    def _after(self, x: Stream, mixed: Float[Tensor, "b t h_e"]) -> Stream:
+        return self._rest(x, functional.linear(mixed, self.attention.wo))
 
 
 class Head(nn.Module):
@@ -365,10 +364,13 @@ class Decoder(nn.Module):
         hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions, sequence)
         return self.head(hidden, targets, gradient_scale, loss, emo_rows)
 
-    def set_recompute(self, what: Recompute) -> None:
-        """Say what the backward pass computes again instead of keeping it; see `engine.recompute`. No bit changes."""
+    def set_recompute(self, what: Recompute, *, offload: bool = False, tile_tokens: int | None = None) -> None:
+        """Say what the backward pass computes again instead of keeping it: see `engine.recompute`,
+        `engine.recompute_offload` and `engine.tile_tokens`. Only the last one changes rounding."""
         for block in self.blocks:
-            block.recompute = block.feed_forward.recompute = what  # type: ignore[assignment, union-attr]
+            assert isinstance(block, Block)
+            block.recompute = block.feed_forward.recompute = what
+            block.offload, block.tile_tokens = offload, tile_tokens
 
     def compile_parts(self) -> None:
         """Compile the blocks and the loss, for training and evaluation on rows of one length."""

@@ -167,16 +167,19 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         # float32, since many chunks are added up
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        size = LOSS_CHUNK[hidden.device.type]
-        for low in range(0, len(targets), size):
-            rows = slice(low, low + size)
+
+        def add(rows: slice) -> None:  # a function, so that a chunk's logits are gone before the next one's come
             logits = hidden[rows] @ weight.T
             arguments = logits, targets[rows], logit_scale, gradient_scale, config, emo_rows
             d_logits, objective, cross_entropy = kernels.gradient(*arguments)
-            objective_sum += objective
-            cross_entropy_sum += cross_entropy
+            objective_sum.add_(objective)
+            cross_entropy_sum.add_(cross_entropy)
             torch.mm(d_logits, weight, out=d_hidden[rows])
             kernels.add(d_weight, d_logits.T @ hidden[rows])
+
+        size = LOSS_CHUNK[hidden.device.type]
+        for low in range(0, len(targets), size):
+            add(slice(low, low + size))
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.gradient_scale, ctx.dtype, ctx.kernels = gradient_scale, weight.dtype, kernels
         ctx.mark_non_differentiable(cross_entropy_sum)

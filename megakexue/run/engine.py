@@ -237,7 +237,8 @@ class Engine:
         # what one rank adds up is its own
         self._own_gradients = OwnGradients(parameters.values()) if ranks.world_size > 1 else None
         self.is_compiled, self.compile_reason = choose_compile(config, self.device, ranks.world_size)
-        module.set_recompute(config.engine.recompute)
+        options = config.engine
+        module.set_recompute(options.recompute, offload=options.recompute_offload, tile_tokens=options.tile_tokens)
         if self.is_compiled:  # before DeepSpeed, which wraps what it finds
             module.compile_parts()
         if partitioned:

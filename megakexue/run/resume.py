@@ -20,8 +20,8 @@ from megakexue.run.state import Differences, TrainerState, differences, plain, s
 HARMLESS = (
     "train.run", "train.stop_at_step", "train.accept_changes", "train.micro_batch_size", "train.seed",
     "train.init_", "engine.zero_stage", "engine.bucket_elements", "engine.recompute", "engine.sequence_ranks",
-    "engine.timeout_s", "engine.rendezvous_s", "engine.stall_s", "metrics.", "checkpoint.", "evaluate.", "data.",
-    "model.attention.backend",
+    "engine.tile_tokens", "engine.timeout_s", "engine.rendezvous_s", "engine.stall_s", "metrics.", "checkpoint.",
+    "evaluate.", "data.", "model.attention.backend",
 )  # fmt: skip
 """Keys, or sections, that leave the run what it is: where and how it is computed, shown and kept. What they name (data,
 bundle) is compared by its content."""

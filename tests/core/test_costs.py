@@ -110,6 +110,9 @@ class Case:
     optimizer: Any = "tiger"
     compile: Any = "off"
     n_ranks: int = 2
+    tile: int | None = None
+    n_shared: int = 1
+    """Ranks that share rows."""
 
     def config(self) -> ResolvedConfig:
         kind: dict[str, Any] = dict(mla=self.mla) if self.mla else dict(n_kv_heads=self.m // 128)
@@ -122,13 +125,13 @@ class Case:
             model=resolve(model, self.optimizer, self.t),
             data=DataConfig(sources=[SourceConfig(path="none")], tokenizer="none", seq_len=self.t),
             train=TrainConfig(
-                run="none", steps=1000, global_batch_size=self.n_ranks * self.rows * self.n_micro,
+                run="none", steps=1000, global_batch_size=self.n_ranks // self.n_shared * self.rows * self.n_micro,
                 micro_batch_size=self.rows,
             ),
             optim=resolve_optim(OptimConfig(name=self.optimizer, accumulate=self.accumulate), False),
             engine=EngineConfig(
                 zero_stage=self.stage, dtype=self.dtype, recompute=self.recompute, compile=self.compile,
-                bucket_elements=100_000,
+                bucket_elements=100_000, tile_tokens=self.tile, sequence_ranks=self.n_shared,
             ),
         )  # fmt: skip
 
@@ -141,10 +144,11 @@ def allocated(cases: list[Case]) -> list[tuple[int, int]]:
     from tools.benchmarks.memory import Memory, count_traffic
 
     count_traffic(Counter())  # for each collective is waited, or the profiler misses what its thread releases
-    ranks = start(cases[0].config().engine)
+    started = start(cases[0].config().engine)
     found = []
     for case in cases:
-        generator, b, t = torch.Generator().manual_seed(ranks.rank), case.rows, case.t
+        ranks = dataclasses.replace(started, sequence_size=case.n_shared)
+        generator, b, t = torch.Generator().manual_seed(ranks.data_rank), case.rows, case.t
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             with record_function("phase start"):
                 first = torch.empty(16)

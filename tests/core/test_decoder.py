@@ -24,7 +24,15 @@ from megakexue.config import (
 from megakexue.core import decoder
 from megakexue.core.attention import Backend, Layout
 from megakexue.core.costs import kept_of_layer
-from megakexue.core.decoder import Block, Cache, Decoder, LatentAttention, initial_weight, is_absorbed_cheaper
+from megakexue.core.decoder import (
+    Block,
+    Cache,
+    Decoder,
+    GroupedQueryAttention,
+    LatentAttention,
+    initial_weight,
+    is_absorbed_cheaper,
+)
 from megakexue.core.device import has_compiler
 from megakexue.core.resolve import resolve, resolve_config
 from tests.helpers import KINDS, VARIANTS, build, positions_of, tiny
@@ -326,7 +334,7 @@ def test_log_n_changes_the_logits_only_beyond_one_key() -> None:
     assert not torch.allclose(outputs[0][:, 5:], outputs[1][:, 5:], atol=1e-3)
 
 
-def attention_of(model: Decoder) -> torch.nn.Module:
+def attention_of(model: Decoder) -> GroupedQueryAttention | LatentAttention:
     """The attention of its second block."""
     block = model.blocks[1]
     assert isinstance(block, Block)
@@ -363,13 +371,18 @@ def test_scores_are_the_formulas(kind: str, scale: str, similarity: str, monkeyp
     x, positions = torch.randn(1, 90, 48, dtype=torch.float64), torch.arange(90)[None]
     seen: list[Tensor] = []
 
+    def mix(model: Decoder) -> None:
+        layer = attention_of(model)
+        q, k, v = layer.project(x, model.rotary(positions, 90))
+        layer.mix(q, k, v, layout)
+
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float) -> Tensor:
         seen.append(scale * torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)))
         return q.new_zeros(*q.shape[:3], v.shape[3])
 
     layout = Layout(positions, None, backend="reference", dtype=torch.float64)
     monkeypatch.setattr(decoder, "attend_shared", attend)
-    attention_of(model)(x, model.rotary(positions, 90), layout, None)
+    mix(model)
     # the same attention with neither factor nor normalisation, which are put in by hand
     plain_config = tiny(attention=AttentionConfig(scale="constant"), **KINDS[kind])
     plain = build(plain_config, dtype=torch.float64)
@@ -383,7 +396,7 @@ def test_scores_are_the_formulas(kind: str, scale: str, similarity: str, monkeyp
         return q.new_zeros(*q.shape[:3], v.shape[3])
 
     monkeypatch.setattr(decoder, "attend_shared", keep)
-    attention_of(plain)(x, plain.rotary(positions, 90), layout, None)
+    mix(plain)
     q, k = vectors
     if similarity != "dot":
         k = k / k.norm(dim=-1, keepdim=True)

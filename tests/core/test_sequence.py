@@ -71,8 +71,9 @@ def greatest_differences(cases: list[tuple[str, bool, bool]], dtype: torch.dtype
         if compiled:
             model.compile_parts()
         # each form is compiled again
-        for recompute in ("none", "block") if compiled else ("none", "product", "feed_forward", "block"):
-            model.set_recompute(recompute)
+        whole = ("none", "block") if compiled else ("none", "product", "feed_forward", "block")
+        for recompute, tile in [*((what, None) for what in whole), ("none", 3), ("block", 3)]:
+            model.set_recompute(recompute, tile_tokens=tile)  # type: ignore[arg-type]
             got = step(model, rows(packed), sequence)
             for key in got:
                 difference = float((got[key] - expected[key]).norm() / expected[key].norm())

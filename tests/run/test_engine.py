@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from megakexue.config import Recompute, ResolvedConfig, UserError
+from megakexue.config import ResolvedConfig, UserError
 from megakexue.core.attention import Layout
 from megakexue.core.axes import shape
 from megakexue.core.decoder import Decoder, initial_weight
@@ -269,12 +269,15 @@ def test_compiled_stages_are_equal_in_every_bit_and_near_eager(prepared: Prepare
     assert repr(again[0][0][0]["results"]) == repr(of_ranks[0][0][0]["results"])  # by kernels that were made anew
 
 
-RECOMPUTE: tuple[Recompute, ...] = ("none", "product", "feed_forward", "block")
+RECOMPUTE: tuple[dict[str, Any], ...] = (
+    *(dict(recompute=what) for what in ("none", "product", "feed_forward", "block")),
+    dict(recompute="block", recompute_offload=True),
+)
 
 
 def recomputing(config: ResolvedConfig, compile: Literal["on", "off"] = "off") -> list[ResolvedConfig]:
     """The config with each setting of engine.recompute."""
-    return [replace(config, engine=replace(config.engine, recompute=what, compile=compile)) for what in RECOMPUTE]
+    return [replace(config, engine=replace(config.engine, compile=compile, **what)) for what in RECOMPUTE]
 
 
 def check_nothing_changes(configs: list[ResolvedConfig], of_ranks: list[list[dict[str, Any]]]) -> None:
@@ -299,6 +302,29 @@ def test_what_is_computed_again_changes_no_bit(prepared: Prepared) -> None:
     ]  # fmt: skip
     configs = [config for kind in kinds for config in recomputing(make_config(prepared, steps=2, **kind))]  # type: ignore[arg-type]
     check_nothing_changes(configs, run_on_ranks(2, many_cases, [(config, False) for config in configs]))
+
+
+@pytest.mark.slow
+def test_rows_in_tiles_are_whole_rows(prepared: Prepared) -> None:
+    """Up to rounding; and with tiles too, it changes no bit whether blocks are computed again."""
+    kinds = [
+        dict(stage=0, dtype="fp32"), dict(stage=1, dtype="fp32", mla=True), dict(stage=2, dtype="bf16"),
+        dict(stage=3, dtype="fp32"), dict(stage=3, dtype="bf16", mla=True),
+    ]  # fmt: skip
+    settings: tuple[dict[str, Any], ...] = (
+        dict(),
+        dict(tile_tokens=24),
+        dict(tile_tokens=24, recompute="block", recompute_offload=True),
+    )
+    configs = [make_config(prepared, steps=4, optim=ADAMW, **kind) for kind in kinds]  # type: ignore[arg-type]
+    configs = [replace(c, engine=replace(c.engine, **changes)) for c in configs for changes in settings]
+    for results in run_on_ranks(2, many_cases, [(config, False) for config in configs]):
+        for i in range(0, len(configs), 3):
+            whole, tiles, again = (repr(found["results"]) for found in results[i : i + 3])
+            assert tiles == again and tiles != whole
+            rel = 2e-6 if configs[i].engine.dtype == "fp32" else 3e-3
+            for a, b in zip(results[i]["results"], results[i + 1]["results"], strict=True):
+                assert a.loss == pytest.approx(b.loss, rel=rel) and a.grad_norm == pytest.approx(b.grad_norm, rel=rel)
 
 
 @pytest.mark.slow
