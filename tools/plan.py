@@ -6,16 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from megakexue.config import Config, as_integer, as_number, load_config, require, run_program
-from megakexue.core.costs import n_parameters, peak_memory
+from megakexue.core.costs import WIDTHS, n_data_ranks, n_parameters, peak_memory
 from megakexue.core.plan import (
     CONTEXT_GIB,
     GPUS,
+    LONG_ROWS,
     MARGIN,
     Cluster,
     Plan,
     largest_micro_batch,
+    longest_row,
     plan,
     usable_bytes,
+    with_rows_of,
 )
 
 EPILOG = """\
@@ -38,9 +41,12 @@ examples:
   tools/plan.py configs/7b_from_1b.yaml --gpus 64 --gpu h200 --budget-tokens 2e11 --price 2.5
   tools/plan.py configs/7b_from_1b.yaml engine.zero_stage=3 engine.recompute=product --gpus 8 --gpu h100
   tools/plan.py configs/1b.yaml --gpus 8 --gpu h100 --scaling
+  tools/plan.py configs/7b_from_1b.yaml engine.zero_stage=3 --gpus 8 --gpu h100 --longest-row
 """
 SIZES = (8, 64, 512, 2048, 10_000)
 """GPUs of the scaling table."""
+SHARED = (1, 2, 4, 8)
+"""Ranks that share a row, in the table of longest rows."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,7 +68,9 @@ def parse_arguments() -> argparse.Namespace:
         "--budget-tokens", type=as_number, metavar="N", help="tokens of the whole run (default: those of train.steps)"
     )
     parser.add_argument("--price", type=as_number, metavar="USD", help="of one GPU for an hour")
-    parser.add_argument("--scaling", action="store_true", help="a table for up to 10,000 GPUs instead")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--scaling", action="store_true", help="a table for up to 10,000 GPUs instead")
+    tables.add_argument("--longest-row", action="store_true", help="a table of the longest row that fits instead")
     return parser.parse_intermixed_args()
 
 
@@ -121,30 +129,49 @@ def scaling_table(config: Config, cluster: Cluster, tokens: float, document: int
     return "\n".join(lines)
 
 
+def longest_table(config: Config, cluster: Cluster, is_compiled: bool) -> str:
+    """The table of docs/scale.md: by ranks that share a row, and by what the backward pass computes again."""
+    sizes = [size for size in SHARED if cluster.n_gpus % size == 0 and config.model.n_heads % size == 0]
+    lines = [
+        f"| {' | '.join(['settings', *(f'shared by {size}' for size in sizes)])} | on the host, GiB a rank |",
+        "|---|" + "--:|" * (len(sizes) + 1),
+    ]
+    model = config.model
+    for name, settings in LONG_ROWS.items():
+        rows = []
+        for size in sizes:
+            engine = replace(config.engine, sequence_ranks=size, **settings)
+            shared = with_rows_of(replace(config, engine=engine), config.data.seq_len, cluster.n_gpus)
+            rows.append(longest_row(shared, cluster, is_compiled=is_compiled))
+        own = rows[-1] // sizes[-1] * model.n_layers * model.d_model * WIDTHS[config.engine.dtype] / 2**30
+        host = f"{own:.0f}" if "recompute_offload" in settings else "0"
+        lines.append(f"| {name} | {' | '.join(f'{row // 1024:,}k' for row in rows)} | {host} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = parse_arguments()
     check(args)
     config = load_config(args.config, args.overrides)
-    require(
-        config.engine.sequence_ranks == 1,
-        f"engine.sequence_ranks={config.engine.sequence_ranks} is not planned yet, which shares rows among ranks: plan "
-        "with 1",
-    )
-    config.train.n_micro_batches(args.gpus)
+    n_micro = config.train.n_micro_batches(n_data_ranks(config, args.gpus))
     cluster = Cluster(gpu=GPUS[args.gpu], n_gpus=args.gpus, gpus_per_node=args.gpus_per_node, nic_gbit=args.network)
     is_compiled = config.engine.compile != "off"
+    if args.longest_row:
+        print(longest_table(config, cluster, is_compiled))
+        return
     tokens = args.budget_tokens or config.batch_tokens * config.train.steps
     made = plan(config, cluster, document=args.document_tokens, is_compiled=is_compiled)
     if args.scaling:
         print(scaling_table(config, cluster, tokens, args.document_tokens, is_compiled))
         return
     train, engine = config.train, config.engine
-    batches = f"{train.n_micro_batches(args.gpus)} micro-batches x {train.micro_batch_size} x {config.data.seq_len}"
+    batches = f"{n_micro} micro-batches x {train.micro_batch_size} x {config.data.seq_len}"
+    shared = f", rows shared by {engine.sequence_ranks}" if engine.sequence_ranks > 1 else ""
     where = f"{args.gpus} {args.gpu} in {cluster.n_nodes} nodes"
     print(
         f"plan          {n_parameters(config.model):,} parameters on {where}\n"
         f"              ZeRO-{engine.zero_stage} {engine.dtype}, {'compiled' if is_compiled else 'eager'}, "
-        f"recompute {engine.recompute}, {batches}"
+        f"recompute {engine.recompute}, {batches}{shared}"
     )
     print("\n".join(memory_lines(config, cluster, is_compiled)))
     print("\n".join(time_lines(config, made, tokens, args.price)))

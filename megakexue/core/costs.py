@@ -103,7 +103,7 @@ def kept_of_layer(config: Config, is_compiled: bool, recompute: str | None = Non
     """
     model, w = config.model, WIDTHS[config.engine.dtype]
     recompute = recompute or (
-        "tiles" if _tile(config) and config.engine.recompute == "none" else config.engine.recompute
+        "tiles" if tile_of(config) and config.engine.recompute == "none" else config.engine.recompute
     )
     m, f, is_prenorm = model.d_model, model.d_ff, model.residual == "prenorm"
     if recompute == "block":
@@ -142,7 +142,7 @@ def _kept_of_attention(config: Config, is_compiled: bool) -> tuple[int, int]:
     )
 
 
-def _tile(config: Config) -> int | None:
+def tile_of(config: Config) -> int | None:
     """Return the tokens of a tile, or None where a rank's part of a row is one."""
     own, tile = config.data.seq_len // config.engine.sequence_ranks, config.engine.tile_tokens
     return tile if tile and tile < own else None
@@ -188,12 +188,12 @@ def moments(
     held, reduced = _held(config, world_size)
     head, stream = w * model.vocab_size * model.d_model, w * n_tokens * model.d_model
     d_head = 4 * model.vocab_size * model.d_model  # float32, since many chunks are added up
-    kept, work = _activations(config, n_tokens, is_compiled)
+    kept, last_norm, work = _activations(config, n_tokens, is_compiled)
     logits = _logits(model, n_tokens, chunk or LOSS_CHUNK["cuda"], w, is_compiled)
     # the gradient of the head is multiplied with a factor, and cast, before the float32 one is forgotten
     scaled = head + (d_head if w < 4 and not is_compiled else 0)
     ends = held | {"gradients": held.get("gradients", 0) + reduced.pop("new gradients"), "work": work}
-    top = _plus(ends, reduced | {"activations": kept, "loss": stream + head})
+    top = _plus(ends, reduced | {"activations": kept - last_norm, "loss": stream + head})
     found = {
         "in the loss": held | {"activations": kept, "loss": 2 * stream + d_head + logits},
         "behind the loss": held | {"activations": kept, "loss": 2 * stream + d_head + scaled},
@@ -274,28 +274,37 @@ def _at_the_end(
     return moments | {"in the reduction": state | more}
 
 
-def _activations(config: Config, n_tokens: int, is_compiled: bool) -> tuple[int, int]:
-    """Return the bytes that all blocks keep, and the work of one."""
+def _activations(config: Config, n_tokens: int, is_compiled: bool) -> tuple[int, int, int]:
+    """Return the bytes that all blocks and the last norm keep, those of that norm, and the work of one block."""
     model, w = config.model, WIDTHS[config.engine.dtype]
     per_token, once = kept_of_layer(config, is_compiled)
     whole_per_token, whole_once = kept_of_layer(config, is_compiled, "none")
-    last_norm = 0 if model.residual == "deepnorm" else (2 * w if is_compiled else 8) * model.d_model + 4
+    last_norm = n_tokens * (0 if model.residual == "deepnorm" else (2 * w if is_compiled else 8) * model.d_model + 4)
     # inputs that wait on the host: one is there for the layer at work
     n_layers = 1 if config.engine.recompute_offload else model.n_layers
-    kept_by_all = n_layers * (n_tokens * per_token + once) + n_tokens * last_norm + _rotary_bytes(config, n_tokens)
+    kept_by_all = n_layers * (n_tokens * per_token + once) + last_norm + _rotary_bytes(config, n_tokens)
     again = n_tokens * (whole_per_token - per_token) + whole_once - once
     m, f, recompute = model.d_model, model.d_ff, config.engine.recompute
-    if tile := _tile(config):
-        return kept_by_all, _work_in_tiles(
-            config, n_tokens, tile * n_tokens // (config.data.seq_len // config.engine.sequence_ranks), is_compiled
+    if tile := tile_of(config):
+        return (
+            kept_by_all,
+            last_norm,
+            _work_in_tiles(
+                config, n_tokens, tile * n_tokens // (config.data.seq_len // config.engine.sequence_ranks), is_compiled
+            ),
         )
     if is_compiled:  # a gradient of the width of SwiGLU, or three where the compiler has to make its tensors again
-        return kept_by_all, again + n_tokens * w * f * (1 if recompute in ("none", "block") else 3) + w * f * m
+        return (
+            kept_by_all,
+            last_norm,
+            again + n_tokens * w * f * (1 if recompute in ("none", "block") else 3) + w * f * m,
+        )
     # at its top, a block is in the backward pass of its last norm, or behind that in that of SwiGLU, where the norm's
-    # tensors are gone and two gradients of its width have come
-    of_norm, of_swiglu = n_tokens * 16 * m, n_tokens * (2 * w * f - 6 * m)
+    # tensors are gone and two gradients of its width have come; with prenorm SwiGLU is the last
+    of_norm = n_tokens * (16 * m if model.residual == "deepnorm" else 2 * w * f)
+    of_swiglu = n_tokens * (2 * w * f - 6 * m)
     work = again + max(of_norm, of_swiglu) if recompute == "block" else max(of_norm, again + of_swiglu)
-    return kept_by_all, work
+    return kept_by_all, last_norm, work
 
 
 def _rotary_bytes(config: Config, n_tokens: int) -> int:

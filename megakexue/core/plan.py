@@ -17,22 +17,28 @@ our engine stages 0 to 2 do not overlap communication with computation (`overlap
     2        k w N + w N           reduce each micro-batch, gather
     3        k (w N + w N or 2 w N)  reduce each micro-batch; gather forward, and again backward above 1e9 parameters
 
+Ranks that share rows also exchange in each layer what attention takes and gives (`_exchanged_per_token`). Nothing hides
+that.
+
 What must stay true: every constant has a name and a source, and is the same for all models. What the plan is worth is
 in docs/scale.md, beside published throughputs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from megakexue.config import LOSS_CHUNK, Config, require
+from megakexue.config import LOSS_CHUNK, MAX_CONTEXT, Config, require
 from megakexue.core.costs import (
     LIVE_ELEMENTS,
     WIDTHS,
     block_elements,
     flops_per_token,
     model_state_bytes,
+    n_data_ranks,
     n_parameters,
     peak_memory,
+    tile_of,
 )
 
 
@@ -173,8 +179,11 @@ def _device_s(config: Config, gpu: Gpu, document: int | None, is_compiled: bool)
     passes = 1.0
     if recompute == "feed_forward":
         products += 4 * model.n_layers * model.d_model * model.d_ff
-    elif recompute == "block":
+    elif recompute == "block":  # with tiles too: what is in them is not computed a third time
         products, passes = products + (products - head) / 3, 2.0
+    elif tile_of(config):
+        behind = 3 * model.d_ff + model.n_heads * model.value_width
+        products += 2 * model.n_layers * model.d_model * behind
     length = min(document or config.data.seq_len, config.data.seq_len)
     halves = [length / (length + half) for half in gpu.half_length]
     speeds = FLEX if model.attention.backend == "flex" else (1.0, 1.0)
@@ -195,7 +204,7 @@ def traffic_per_token(config: Config, is_compiled: bool) -> float:
     model, w = config.model, WIDTHS[config.engine.dtype]
     m, f, v = model.d_model, model.d_ff, model.vocab_size
     rotated = (model.n_heads + model.n_groups) * model.head_width
-    chunk = min(LOSS_CHUNK["cuda"], config.train.micro_batch_size * config.data.seq_len)
+    chunk = min(LOSS_CHUNK["cuda"], _own_tokens(config))
     head = (8 + w) * v * m / chunk  # each chunk is added to the head's gradient in float32
     if is_compiled:
         return model.n_layers * w * (9 * f + 18 * m + 4 * rotated) + 3 * w * v + head
@@ -204,9 +213,43 @@ def traffic_per_token(config: Config, is_compiled: bool) -> float:
 
 def _launches(config: Config, is_compiled: bool) -> int:
     """Return the kernels of a micro-batch: as counted in a profile of configs/1b.yaml."""
-    n_chunks = math.ceil(config.train.micro_batch_size * config.data.seq_len / LOSS_CHUNK["cuda"])
+    n_chunks = math.ceil(_own_tokens(config) / LOSS_CHUNK["cuda"])
     a_layer, a_chunk = (36, 10) if is_compiled else (131, 33)
-    return config.model.n_layers * a_layer + n_chunks * a_chunk + 20
+    n_tiles = math.ceil(_own_row(config) / (tile_of(config) or _own_row(config)))
+    return config.model.n_layers * a_layer * n_tiles + n_chunks * a_chunk + 20
+
+
+def _own_row(config: Config) -> int:
+    """Return the tokens of a row that one rank has."""
+    return config.data.seq_len // config.engine.sequence_ranks
+
+
+def _own_tokens(config: Config) -> int:
+    return config.train.micro_batch_size * _own_row(config)
+
+
+def _exchanged_per_token(config: Config) -> float:
+    """Return the bytes that a rank sends in one layer, forward and backward, for each of its tokens."""
+    model, size = config.model, config.engine.sequence_ranks
+    h, g, d, e = model.n_heads, max(model.n_groups, size), model.head_width, model.value_width
+    there = (h + g) * d + g * e
+    if model.mla:  # latents to every rank, where these are less
+        mla = model.mla
+        there = h * d + min(size * (mla.d_latent + mla.d_rope), h * (mla.d_nope + mla.d_rope + mla.d_value))
+    passes = 3 if config.engine.recompute == "block" else 2
+    return WIDTHS[config.engine.dtype] * passes * (there + h * e) * (size - 1) / size
+
+
+def _exchange_s(config: Config, cluster: Cluster, n_micro: int) -> float:
+    """Return the seconds in which ranks that share rows exchange queries, keys, values and results, in a step."""
+    size, gpu, layers = config.engine.sequence_ranks, cluster.gpu, n_micro * config.model.n_layers
+    if size == 1:
+        return 0.0
+    inside, n_nodes = size <= cluster.gpus_per_node, math.ceil(size / cluster.gpus_per_node)
+    rate = gpu.nvlink * NVLINK if inside else (cluster.nic_gbit or gpu.nic_gbit) / 8 * NETWORK
+    passes = 3 if config.engine.recompute == "block" else 2
+    n_bytes = layers * _own_tokens(config) * _exchanged_per_token(config)
+    return n_bytes / (rate * 1e9) + layers * 2 * passes * LATENCY_S * n_nodes
 
 
 def _communication(config: Config, cluster: Cluster, n_micro: int) -> tuple[float, float]:
@@ -244,8 +287,8 @@ def plan(config: Config, cluster: Cluster, *, document: int | None = None, is_co
     """
     require(config.engine.dtype != "fp32", "engine.dtype=fp32: rates are known of 16 bits only: use bf16 or fp16")
     gpu, t = cluster.gpu, config.data.seq_len
-    n_micro = config.train.n_micro_batches(cluster.n_gpus)
-    tokens = config.train.micro_batch_size * t
+    n_micro = config.train.n_micro_batches(n_data_ranks(config, cluster.n_gpus))
+    tokens = _own_tokens(config)
     device = [n_micro * tokens * x for x in _device_s(config, gpu, document, is_compiled)]
     launches = n_micro * _launches(config, is_compiled) * LAUNCH_S
     compute = max(sum(device) / SUSTAINED, launches)
@@ -253,7 +296,7 @@ def plan(config: Config, cluster: Cluster, *, document: int | None = None, is_co
     parts = dict(zip(("products", "attention", "elementwise"), device)) | {
         "gaps": compute - sum(device),
         "optimizer": _tail_bytes(config, cluster.n_gpus) / (gpu.hbm * 1e12 * HBM),
-        "communication": waits + max(0.0, hidden - OVERLAP * compute),
+        "communication": waits + _exchange_s(config, cluster, n_micro) + max(0.0, hidden - OVERLAP * compute),
         "stragglers": compute * STRAGGLERS * math.log2(cluster.n_nodes),
     }
     keys = n_keys(t, document)
@@ -279,3 +322,38 @@ def largest_micro_batch(config: Config, cluster: Cluster, *, is_compiled: bool =
             rows += step
         step //= 2
     return rows
+
+
+LONG_ROWS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "block": {"recompute": "block"},
+    "block, tiles": {"recompute": "block", "tile_tokens": 8192},
+    "block, tiles, offload": {"recompute": "block", "tile_tokens": 8192, "recompute_offload": True},
+}
+"""Settings of `engine` for longer and longer rows."""
+
+
+def longest_row(config: Config, cluster: Cluster, *, is_compiled: bool = True) -> int:
+    """Return the most tokens, in thousands of 1024 for each rank that shares it, of one row that fits; 0: none does.
+
+    Raises:
+        UserError: `engine.sequence_ranks` does not divide the GPUs, or does not fit the model's heads.
+    """
+    size, room, found = config.engine.sequence_ranks, usable_bytes(cluster.gpu), 0
+    step = MAX_CONTEXT // 1024 // size // 2
+    while step:
+        made = with_rows_of(config, (found + step) * 1024 * size, cluster.n_gpus)
+        if sum(peak_memory(made, cluster.n_gpus, is_compiled=is_compiled)[1].values()) <= room:
+            found += step
+        step //= 2
+    return found * 1024 * size
+
+
+def with_rows_of(config: Config, seq_len: int, world_size: int) -> Config:
+    """Return the config with one row of so many tokens for each group of ranks that share it, in one micro-batch."""
+    n_rows = n_data_ranks(config, world_size)
+    return replace(
+        config, data=replace(config.data, seq_len=seq_len),
+        model=replace(config.model, rope=replace(config.model.rope, context=None)),
+        train=replace(config.train, micro_batch_size=1, global_batch_size=n_rows),
+    )  # fmt: skip

@@ -221,6 +221,8 @@ def test_memory_of_what_a_config_can_choose() -> None:
         Case(stage=3, recompute="block", residual="prenorm", **wide),
         Case(stage=3, dtype="fp32", recompute="product", **wide), Case(stage=2, recompute="block", **wide),
         Case(stage=2, optimizer="adamw", t=16, rows=1), Case(stage=1, accumulate="momentum", t=64, m=128),
+        Case(tile=64, rows=1, t=512), Case(tile=64, rows=1, t=512, n_shared=2, mla=MLA, residual="prenorm"),
+        Case(stage=3, tile=64, rows=1, t=512, n_shared=2, recompute="block"),
     ])  # fmt: skip
 
 

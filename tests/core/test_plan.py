@@ -18,7 +18,19 @@ from megakexue.config import (
     load_config,
 )
 from megakexue.core.costs import peak_memory
-from megakexue.core.plan import GPUS, SUSTAINED, Cluster, Plan, largest_micro_batch, n_keys, plan, usable_bytes
+from megakexue.core.plan import (
+    GPUS,
+    LONG_ROWS,
+    SUSTAINED,
+    Cluster,
+    Plan,
+    largest_micro_batch,
+    longest_row,
+    n_keys,
+    plan,
+    usable_bytes,
+    with_rows_of,
+)
 from tests.helpers import ROOT
 
 MPT = "https://github.com/mosaicml/llm-foundry/blob/061f2c7/scripts/train/benchmarking/README.md"
@@ -181,6 +193,46 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     assert fits == [True, False]
     assert largest_micro_batch(changed(config, zero_stage=0), cluster) == 0
     assert largest_micro_batch(changed(config, recompute="block"), cluster) > 3 * rows
+
+
+def test_the_longest_row_is_the_last_that_fits() -> None:
+    config = load_config(ROOT / "configs" / "7b_from_1b.yaml", ["engine.zero_stage=3"])
+    cluster = Cluster(gpu=GPUS["h100"], n_gpus=8)
+    room, found = usable_bytes(cluster.gpu), []
+    for settings in LONG_ROWS.values():
+        for size in (1, 8):
+            shared = changed(config, sequence_ranks=size, **settings)
+            shared = with_rows_of(shared, 4096, 8)
+            found.append(longest_row(shared, cluster))
+            fits = [
+                sum(peak_memory(with_rows_of(shared, n, 8), 8)[1].values()) <= room
+                for n in (found[-1], found[-1] + 1024 * size)
+            ]
+            assert fits == [True, False], (settings, size)
+    assert found[::2] == sorted(found[::2]) and all(
+        6 * one < of_8 <= 8 * one for one, of_8 in zip(found[::2], found[1::2])
+    )
+
+
+def test_ranks_that_share_rows_wait_for_what_they_exchange() -> None:
+    options = [
+        "engine.zero_stage=1",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=1",
+        "model.rope.context=null",
+    ]
+    config = load_config(ROOT / "configs" / "7b_from_1b.yaml", options)
+    node, slow = Cluster(gpu=GPUS["h100"], n_gpus=8), Cluster(gpu=GPUS["h100"], n_gpus=16)
+    plans = {size: plan(changed(config, sequence_ranks=size), node) for size in (1, 2, 8)}
+    waits = {size: made.parts["communication"] - plans[1].parts["communication"] for size, made in plans.items()}
+    # in 32 layers, forward and backward, to heads h d + 2 g d and back h d, of 8192 bytes and 4096 for g = 8 groups
+    n_bytes = 8 * 4096 / 8 * 32 * 2 * (2 * 8192 + 2 * 2048)
+    for size in (2, 8):
+        latency = 32 * 4 * 15e-6 * size  # of so many micro-batches, one after the other
+        assert waits[size] == pytest.approx(n_bytes * (size - 1) / size / 360e9 + latency, rel=1e-6)
+        assert plans[size].tokens == plans[1].tokens
+    over_network = plan(changed(config, sequence_ranks=16), slow).parts["communication"]
+    assert over_network > 3 * waits[8]
 
 
 def test_fp32_is_refused() -> None:

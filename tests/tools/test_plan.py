@@ -36,7 +36,7 @@ def test_mistakes_are_one_line() -> None:
         "--gpus 8 --gpu h100 --price -1": "--price -1.0 must be positive",
         "--gpus 7 --gpu h100": "train.global_batch_size=512 must be a multiple of train.micro_batch_size=4 times the 7",
         "--gpus 8 --gpu h100 engine.dtype=fp32": "engine.dtype=fp32: rates are known of 16 bits only",
-        "--gpus 8 --gpu h100 engine.sequence_ranks=2": "engine.sequence_ranks=2 is not planned yet",
+        "--gpus 9 --gpu h100 engine.sequence_ranks=2": "engine.sequence_ranks=2 must divide the 9 ranks",
         "--gpus 8 --gpu h100 model.d_modle=3": "model.d_modle is no setting",
     }
     for (code, out, err), said in zip(run_without_torch(TOOL, [[CONFIG, *c.split()] for c in cases]), cases.values()):
@@ -45,7 +45,7 @@ def test_mistakes_are_one_line() -> None:
 
 def test_the_tables_of_the_documents_are_what_it_prints() -> None:
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^tools/plan.py (.* --scaling.*)$", text, re.MULTILINE)
-    assert len(commands) == 4
+    commands = re.findall(r"^tools/plan.py (.* --(?:scaling|longest-row).*)$", text, re.MULTILINE)
+    assert len(commands) == 6
     for code, out, _ in run_without_torch(TOOL, [f"{ROOT}/{command}".split() for command in commands]):
         assert code == 0 and out.strip() in text, out

@@ -60,6 +60,7 @@ PHASES = ("forward", "backward", "absorb", "update", "refresh")
 WHOLE = {
     "all_reduce": "tensor", "reduce": "tensor", "broadcast": "tensor", "all_gather": "tensor_list",
     "all_gather_into_tensor": "output_tensor", "reduce_scatter": "input_list", "reduce_scatter_tensor": "input",
+    "all_to_all_single": "input",
 }  # fmt: skip
 """For each collective, the argument that is as large as the tensors of all ranks together."""
 
