@@ -16,6 +16,7 @@ means "off" or "chosen for you"; the docstring of the field says which.
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import posixpath
@@ -440,6 +441,20 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Steps that train on shorter rows."""
+
+    until_step: int
+    """The last of these steps. They begin after those of the stage before, or with the first."""
+    seq_len: int
+    """Tokens in a row, a divisor of data.seq_len: each row of a step is cut into rows of this length."""
+
+    def __post_init__(self) -> None:
+        positive(self, "data.stages.until_step")
+        above_one(self, "data.stages.seq_len")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sources: list[SourceConfig]
     tokenizer: Place
@@ -447,6 +462,10 @@ class DataConfig:
     seq_len: int
     """Tokens in a row that the model sees: the row length that tools/prepare_data.py was given, or a divisor of it, so
     that a prepared row makes several."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """The first steps on shorter rows, such as [{until_step: 1000, seq_len: 256}]; the steps after the last stage have
+    rows of `seq_len`. Rows are cut within a micro-batch, so each step has the same tokens in any stage. `seq_len` stays
+    the unit of batch sizes, of positions in the data and of validation, and the default of model.rope.context."""
     shuffle: bool = True
     shuffle_seed: int = 0
     cache: Place | None = None
@@ -469,10 +488,29 @@ class DataConfig:
             require(not same, f"data.sources names a folder twice: {[*same, source.path]}")
         above_one(self, "data.seq_len")
         at_most(self, MAX_CONTEXT, "data.seq_len")
+        self._check_stages()
         positive(self, "data.n_prefetch")
         not_negative(self, "data.shuffle_seed", "data.download_retries")
         at_most(self, 100, "data.download_retries")
         seconds(self, "data.download_timeout_s")
+
+    def _check_stages(self) -> None:
+        for before, stage in itertools.pairwise(self.stages):
+            require(
+                before.until_step < stage.until_step,
+                f"data.stages.until_step={stage.until_step} comes after {before.until_step}: each stage must end later "
+                "than the one before",
+            )
+        for stage in self.stages:
+            require(
+                self.seq_len % stage.seq_len == 0,
+                f"data.stages.seq_len={stage.seq_len} must divide data.seq_len={self.seq_len}, the longest "
+                "rows, which are cut",
+            )
+
+    def seq_len_at(self, step: int) -> int:
+        """Tokens in a row of a step, counted from 1."""
+        return next((stage.seq_len for stage in self.stages if step <= stage.until_step), self.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -867,10 +905,13 @@ class Config:
         require(
             stop is None or 0 < stop <= steps, f"train.stop_at_step={stop} must be between 1 and train.steps={steps}"
         )
+        last = self.data.stages[-1].until_step if self.data.stages else 0
+        require(last <= steps, f"data.stages.until_step={last} must not be above train.steps={steps}")
 
     def _check_sequence_ranks(self) -> None:
         size, model = self.engine.sequence_ranks, self.model
-        for key, n in (("model.n_heads", model.n_heads), ("data.seq_len", self.data.seq_len)):
+        divided = [("model.n_heads", model.n_heads), ("data.seq_len", self.data.seq_len)]
+        for key, n in [*divided, *(("data.stages.seq_len", stage.seq_len) for stage in self.data.stages)]:
             require(n % size == 0, f"engine.sequence_ranks={size} must divide {key}={n}")
         groups = model.n_heads if model.mla or model.n_kv_heads is None else model.n_kv_heads
         require(

@@ -65,6 +65,18 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["data.stages=[{until_step: 9, seq_len: 100}]"], "data.stages.seq_len=100 must divide data.seq_len=256, the"),
+        (["data.stages=[{until_step: 0, seq_len: 64}]"], "data.stages.until_step=0 must be positive"),
+        (["data.stages=[{until_step: 9, seq_len: 1}]"], "data.stages.seq_len=1 must be above 1"),
+        (["data.stages=[{until_step: 201, seq_len: 64}]"], "data.stages.until_step=201 must not be above train.steps="),
+        (
+            ["data.stages=[{until_step: 9, seq_len: 64}, {until_step: 9, seq_len: 128}]"],
+            "data.stages.until_step=9 comes after 9: each stage must end later than the one before",
+        ),
+        (
+            ["data.stages=[{until_step: 9, seq_len: 2}]", "engine.sequence_ranks=4"],
+            "engine.sequence_ranks=4 must divide data.stages.seq_len=2",
+        ),
         (["model.d_modle=64"], "model.d_modle is no setting: did you mean model.d_model?"),
         (["optimizer.lr=1"], "optimizer is no setting: did you mean optim?"),
         (["model.n_layers=many"], "model.n_layers=many must be a whole number, such as 1000 or 1e3"),

@@ -39,8 +39,8 @@ class Batch:
     """The boundaries for varlen attention: where positions restart in the flattened tokens, and last b t."""
     n_targets: int
     samples: list[Position]
-    """Which samples these are, row by row; `Batches.locate` names their shards. Rows of padding alone have none and
-    are the last."""
+    """Which samples these are, row by row; `Batches.names` names their shards. One that is cut into several rows is
+    there for each. Rows of padding alone have none and are the last."""
 
     @property
     def boundaries(self) -> Int32[Tensor, " n"] | None:

@@ -110,7 +110,8 @@ def describe(given: Config, config: ResolvedConfig, world_size: int, more: dict[
         "model": f"{n:,} parameters, {flops:.4g} FLOP per token",
         "scales": f"{model.residual} alpha {model.residual_alpha:.4g}, {model.attention.scale} on "
         f"{model.attention.softmax_scale:.4g}, {rope}",
-        "batch": f"{train.global_batch_size} rows x {config.data.seq_len} = {config.batch_tokens:,} tokens: {ranks}",
+        "batch": f"{train.global_batch_size} rows x {config.data.seq_len} = {config.batch_tokens:,} tokens: {ranks}"
+        + "".join(f"; cut to {stage.seq_len} until step {stage.until_step}" for stage in config.data.stages),
         "budget": f"{train.steps:,} steps, {tokens:,} tokens, {tokens / n:.1f} a parameter, {tokens * flops:.3g} FLOP",
         "state": f"ZeRO-{stage} {config.engine.dtype}, {sum(state.values()):,.1f} MiB a rank: "
         + ", ".join(f"{name} {size:,.1f}" for name, size in state.items()),

@@ -4,6 +4,9 @@ A step is the next `global_batch_size` samples of the order (megakexue/run/order
 micro-batches of mb rows, micro-batch j of data rank r takes samples [(j n + r) mb, (j n + r + 1) mb) of the step. The
 ranks of one sequence group read the same rows.
 
+A sample is a row of `data.seq_len` tokens, also in a stage with shorter rows: its micro-batches hold the same samples,
+each cut into rows that follow one another. So stages decide neither the order nor the place in it.
+
 What must stay true: neither the number of ranks, nor the micro-batch size, nor a stop and resume changes which rows a
 step holds.
 
@@ -103,6 +106,7 @@ class Batches:
         assert global_batch_size % self._stride == 0
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.ranks, self.n_prefetch, self.seq_len = ranks, config.n_prefetch, config.seq_len
+        self._seq_len_at = config.seq_len_at
         self.is_interrupted = is_interrupted
         # each attempt has a timeout in the downloader; this one is for what that misses, and for a stuck file system
         self.timeout_s = 2 * (1 + config.download_retries) * config.download_timeout_s
@@ -137,8 +141,8 @@ class Batches:
         """Rows in an epoch."""
         check_cache_limit(config, self.sources, self.order)
         self.rows = Rows(self.sources)
-        self.position = Position()
-        """Where the next step begins; put it into a checkpoint and give it to `seek`."""
+        self.position, self.step = Position(), 0
+        """Where the next step begins, and the step before it; put them into a checkpoint and give them to `seek`."""
         self.wait_s = 0.0
         """Seconds that the last `next_step` waited for data."""
         self._reader: Reader | None = None
@@ -163,18 +167,23 @@ class Batches:
         ]
 
     def locate(self, position: Position) -> str:
-        """Name the source, shard and row of a sample, for the log of a bad batch."""
+        """Name the source, shard and row of a sample."""
         return self.rows.locate(self.order.row(position))
 
-    def seek(self, position: Position) -> None:
-        """Continue from `position`. Raises UserError when the data has no such sample."""
+    def names(self, batch: Batch) -> list[str]:
+        """Name the source, shard and row of each row of a micro-batch, for the log of a bad one."""
+        n = self.seq_len // batch.positions.shape[1]
+        return [self.rows.locate(self.order.row(sample), i % n, n) for i, sample in enumerate(batch.samples)]
+
+    def seek(self, position: Position, step: int = 0) -> None:
+        """Continue from `position`, after `step` steps. Raises UserError when the data has no such sample."""
         require(
             position.epoch >= 0 and 0 <= position.sample < self.n_rows,
             f"data.sources: {position} is outside an epoch of {self.n_rows} rows: the data is not what it was; "
             "use the sources that the checkpoint was trained on",
         )
         self.close()
-        self.position = position
+        self.position, self.step = position, step
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next optimizer step.
@@ -184,14 +193,14 @@ class Batches:
             Interrupted: `is_interrupted` came true while waiting; the position is as it was.
         """
         if self._reader is None:
-            self._reader = self._start(self._samples_from(self.position))
+            self._reader = self._start(self._samples_from(self.position, self.step))
             if any(source.is_cached for source in self.sources):
                 arguments = self.position, self._reader.stopped
                 threading.Thread(target=self._fetch_ahead, args=arguments, daemon=True).start()
         began = time.monotonic()
         batches = [self._take() for _ in range(self.global_batch_size // self._stride)]
         self.wait_s = time.monotonic() - began
-        self.position = self.order.advance(self.position, self.global_batch_size)
+        self.position, self.step = self.order.advance(self.position, self.global_batch_size), self.step + 1
         return batches
 
     def first_rows(self, n_rows: int) -> Iterator[Batch]:
@@ -204,7 +213,7 @@ class Batches:
         n_rows = min(n_rows, self.n_rows)
         first = self.ranks.data_rank * self.micro_batch_size
         ranges = [range(k, min(k + self.micro_batch_size, n_rows)) for k in range(first, n_rows + first, self._stride)]
-        samples = [[Position(sample=k) for k in ks] for ks in ranges]
+        samples = [([Position(sample=k) for k in ks], self.seq_len) for ks in ranges]
         self.close()
         self._reader = self._start(iter(samples))
         try:
@@ -224,20 +233,25 @@ class Batches:
             self._reader = None
         self.rows.close()
 
-    def _samples_from(self, position: Position) -> Iterator[list[Position]]:
+    def _samples_from(self, position: Position, step: int) -> Iterator[tuple[list[Position], int]]:
+        """Yield the samples of this rank's micro-batches after `step`, and the tokens of the rows that they make."""
         for start in itertools.count(self.ranks.data_rank * self.micro_batch_size, self._stride):
-            yield [self.order.advance(position, start + k) for k in range(self.micro_batch_size)]
+            samples = [self.order.advance(position, start + k) for k in range(self.micro_batch_size)]
+            yield samples, self._seq_len_at(step + 1 + start // self.global_batch_size)
 
-    def _start(self, samples: Iterator[list[Position]]) -> Reader:
+    def _start(self, samples: Iterator[tuple[list[Position], int]]) -> Reader:
         """Begin to read the micro-batches of `samples`."""
         self.rows.last_activity = time.monotonic()
-        return Reader(map(self._read, samples), self.n_prefetch)
+        return Reader(itertools.starmap(self._read, samples), self.n_prefetch)
 
-    def _read(self, samples: list[Position]) -> Batch:
-        """Read the rows of `samples`, and fill up with rows of PAD."""
+    def _read(self, samples: list[Position], seq_len: int) -> Batch:
+        """Read the rows of `samples`, fill up with rows of PAD, and cut them all into rows of `seq_len`."""
         rows = np.full((self.micro_batch_size, self.seq_len + 1), self.pad_id, dtype=np.int64)
         for i, position in enumerate(samples):
             rows[i] = self.rows.read(self.order.row(position))
+        if seq_len < self.seq_len:
+            cut = np.lib.stride_tricks.sliding_window_view(rows, seq_len + 1, axis=1)[:, ::seq_len]
+            rows, samples = cut.copy().reshape(-1, seq_len + 1), [s for s in samples for _ in range(cut.shape[1])]
         return make_batch(rows, samples, bos_id=self.bos_id, pad_id=self.pad_id)
 
     def _take(self) -> Batch:

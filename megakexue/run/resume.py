@@ -7,9 +7,10 @@ by name (`train.accept_changes`), before any weight is loaded.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megakexue.bundle.bundle import Bundle, OptimizerInfo
-from megakexue.config import ResolvedConfig, ResolvedModel, UserError, require
+from megakexue.config import BOUND, ResolvedConfig, ResolvedModel, UserError, require
 from megakexue.core.batch import Position
 from megakexue.files import sha256
 from megakexue.run import checkpoint
@@ -24,7 +25,7 @@ HARMLESS = (
     "evaluate.", "data.", "model.attention.backend",
 )  # fmt: skip
 """Keys, or sections, that leave the run what it is: where and how it is computed, shown and kept. What they name (data,
-bundle) is compared by its content."""
+bundle) is compared by its content, and `data.stages` by the steps that it gives to each length."""
 NOT_TOLD = ("train.run", "train.stop_at_step", "train.accept_changes")
 """Of the changes since the checkpoint, where the run lies and stops: the start does not list them."""
 
@@ -60,8 +61,7 @@ def start_run(folder: Path | None, engine: Engine, config: ResolvedConfig, data:
         return Start(state=state, origin=origin, saved=None)
     old = checkpoint.load(folder, engine, lambda old: check_resume(old, own, config))
     changes = changes_since(old, own)
-    if old.data == own.data:
-        data.seek(old.position)
+    data.seek(old.position if old.data == own.data else data.position, old.step)
     lineage = list(old.lineage)
     if changes or not lineage or lineage[-1]["source"] != source:
         lineage.append({"step": old.step, "changes": changes, "source": source})
@@ -95,6 +95,12 @@ def check_resume(old: TrainerState, own: TrainerState, config: ResolvedConfig) -
         f"{where}: its checkpoint was trained with another tokenizer than data.tokenizer={config.data.tokenizer}, so "
         f"the ids mean other text: use {config.train.run}/tokenizer.model and data made with it",
     )
+    of_steps = [_row_lengths(state.config["data"], old.step) for state in (old, own)]
+    require(
+        old.data != own.data or of_steps[0] == of_steps[1],
+        f"{where}: data.stages gives other rows to steps that are done: up to step {old.step} it was {of_steps[0]} and "
+        f"would be {of_steps[1]} (last step: tokens in a row): undo that change; the steps to come may change",
+    )
     asked = _asked(old, own, found, config)
     accepted = config.train.accept_changes
     require(
@@ -119,7 +125,21 @@ def _asked(old: TrainerState, own: TrainerState, found: Differences, config: Res
         )
     if old.data != own.data:
         lines["data"] = "data: other rows, weights, data.shuffle or data.shuffle_seed, so its position means nothing"
+    to_come = [_row_lengths(state.config["data"], BOUND) for state in (old, own)]
+    if old.data == own.data and to_come[0] != to_come[1]:
+        lines["data.stages"] = f"data.stages {old.config['data'].get('stages')} -> {own.config['data']['stages']}"
     return lines
+
+
+def _row_lengths(data: dict[str, Any], steps: int) -> dict[int, int]:
+    """Tokens in a row of the first `steps` steps: for each length in turn, by the last step that has it."""
+    found, begin = {}, 0
+    stages = [(stage["until_step"], stage["seq_len"]) for stage in data.get("stages", [])]
+    for end, seq_len in [*stages, (BOUND, data["seq_len"])]:
+        if begin < steps:
+            found[min(end, steps)] = seq_len
+        begin = end
+    return found
 
 
 def _n_data_ranks(state: TrainerState) -> int:

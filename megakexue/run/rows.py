@@ -33,11 +33,16 @@ class Rows:
         self.activity, self.last_activity = "the start", time.monotonic()
         """The shard that was read last or is being read, and when that began."""
 
-    def locate(self, row: int) -> str:
-        """Name the source, the shard, the row in the shard, and its part where it makes several."""
+    def locate(self, row: int, part: int = 0, n_parts: int = 1) -> str:
+        """Name the source, the shard, the row in the shard, and its part where it makes several.
+
+        Args:
+            part, n_parts: which of several parts of the row is meant.
+        """
         _, source, index, row = self._find(row)
-        row, part = divmod(row, source.n_parts)
-        return f"{source.name(index)} row {row}" + (f" part {part}" if source.n_parts > 1 else "")
+        row, own = divmod(row, source.n_parts)
+        is_part = source.n_parts * n_parts > 1
+        return f"{source.name(index)} row {row}" + (f" part {own * n_parts + part}" if is_part else "")
 
     def shards_of(self, rows: Ints) -> list[int]:
         """Return the shards that hold these rows, each once, in order; `fetch` takes them."""

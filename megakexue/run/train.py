@@ -257,6 +257,8 @@ def _step(run: _Run) -> None:
     began = time.perf_counter()
     step = run.state.step + 1
     run.watch.mark("the step", step=step)
+    if step > 1 and config.data.seq_len_at(step) != config.data.seq_len_at(step - 1):
+        run.say(f"step {step}: from here on rows of {config.data.seq_len_at(step)} tokens (data.stages)")
     batches = run.met(data.next_step)
     assert batches is not None
     lr = config.optim.lr * lr_factor(config.optim, step, config.train.steps)
@@ -271,7 +273,7 @@ def _step(run: _Run) -> None:
     step_s = time.perf_counter() - began
     rows = []
     if result.note or result.reason_to_stop:
-        rows = [[data.locate(sample) for sample in batch.samples] for batch in batches]
+        rows = [data.names(batch) for batch in batches]
         log.warning("%s%s; rows of this rank: %s", result.note or result.reason_to_stop, _culprits(result), rows)
     if run.metrics:
         _record(run, run.metrics, result, batches, lr, step_s)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from megakexue.config import IGNORED, SourceConfig, UserError
+from megakexue.config import IGNORED, SourceConfig, StageConfig, UserError
 from megakexue.core.batch import Batch, Position
 from megakexue.run.data import Interrupted
 from tests.ranks import run_on_ranks
@@ -26,6 +26,7 @@ from tests.sources import (
     VOCAB,
     Bucket,
     Ints,
+    T,
     data_config,
     open_batches,
     s3_config,
@@ -42,6 +43,42 @@ def same(batch: Batch, other: Batch) -> bool:
 
 
 # --- the stream
+
+
+def test_stages_cut_the_rows_of_a_step_and_leave_the_order_as_it_is(tmp_path: Path, small_windows: None) -> None:
+    write_source(tmp_path / "a", 6, t=4 * T, size_limit=700)
+    plain = data_config(tmp_path / "a", seq_len=4 * T)
+    stages = [StageConfig(until_step=2, seq_len=T), StageConfig(until_step=3, seq_len=2 * T)]
+    staged = dataclasses.replace(plain, stages=stages)
+    whole, cut = open_batches(plain, tmp_path), open_batches(staged, tmp_path)
+    assert whole.fingerprint == cut.fingerprint
+    steps, places = [], [(cut.position, cut.step)]
+    for n_rows in (8, 8, 4, 2, 2):  # of a micro-batch of 2 samples; more than an epoch
+        expected, step = whole.next_step(), cut.next_step()
+        for a, b in zip(expected, step, strict=True):
+            assert b.tokens.shape == (n_rows, 8 * T // n_rows) and not b.positions[:, 0].any()
+            assert torch.equal(a.tokens.flatten(), b.tokens.flatten())
+            assert torch.equal(a.targets.flatten(), b.targets.flatten()) and a.n_targets == b.n_targets
+            assert b.samples == [sample for sample in a.samples for _ in range(n_rows // 2)]
+            at = np.flatnonzero(b.positions.flatten().numpy() == 0)
+            assert b.cu_seqlens.tolist() == [*at, 8 * T]
+        steps.append(step)
+        places.append((cut.position, cut.step))
+    assert whole.position == cut.position
+    assert [name.split("row ")[1][2:] for name in cut.names(steps[0][0])] == [f"part {k}" for k in (0, 1, 2, 3) * 2]
+    assert cut.names(steps[4][0]) == [whole.locate(sample) for sample in expected[0].samples]
+    # from the middle of a stage and from each border
+    for place, step in zip(places, steps, strict=False):
+        resumed = open_batches(staged, tmp_path)
+        resumed.seek(*place)
+        assert all(same(a, b) for a, b in zip(resumed.next_step(), step, strict=True))
+    # validation has the longest rows
+    assert {batch.tokens.shape for batch in cut.first_rows(4)} == {(2, 4 * T)}
+    # two ranks hold the same rows together
+    ranks = [open_batches(staged, tmp_path, rank=r, world_size=2, micro_batch_size=1) for r in range(2)]
+    for step in steps:
+        by_rank = [batches.next_step() for batches in ranks]
+        assert tokens_of([micros for micros in zip(*by_rank)]) == tokens_of([step])
 
 
 def test_steps_do_not_depend_on_ranks_or_micro_batches(tmp_path: Path, small_windows: None) -> None:

@@ -5,13 +5,28 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megakexue.config import ResolvedConfig, UserError
+from megakexue.core.resolve import resolve_config
+from megakexue.run.resume import check_resume
 from tests.conftest import Prepared
-from tests.helpers import ROOT, change_trainer, column, n_rows, outcomes, records, state_hashes, tiny_config, train_all
+from tests.helpers import (
+    ROOT,
+    change_trainer,
+    column,
+    make_state,
+    n_rows,
+    outcomes,
+    records,
+    state_hashes,
+    tiny_config,
+    train_all,
+)
 from tests.ranks import run_on_ranks
 
 
@@ -59,6 +74,38 @@ def test_what_a_resume_refuses_and_what_it_takes_when_told(prepared: Prepared, t
     assert lineage[0]["step"] == 0 and lineage[0]["origin"] == "new weights from train.seed=0"
     assert lineage[-1]["step"] == 2 and "data, read from the beginning" in lineage[-1]["changes"]
     assert "optim.lr 0.02 -> 0.001" in lineage[-1]["changes"]
+
+
+def test_of_the_stages_only_those_to_come_may_change(prepared: Prepared, tmp_path: Path) -> None:
+    def config(stages: str, *more: str) -> ResolvedConfig:
+        return resolve_config(tiny_config(prepared, tmp_path, f"data.stages=[{stages}]", *more))
+
+    old = make_state(4, config("{until_step: 3, seq_len: 16}, {until_step: 6, seq_len: 32}"))
+    others = {
+        "{until_step: 3, seq_len: 16}, {until_step: 4, seq_len: 32}": "data.stages [{'until_step': 3, 'seq_len': 16}",
+        "{until_step: 3, seq_len: 16}, {until_step: 7, seq_len: 32}": "'train.accept_changes=[data.stages]'",
+        "{until_step: 2, seq_len: 16}, {until_step: 6, seq_len: 32}": "up to step 4 it was {3: 16, 4: 32} and would be "
+        "{2: 16, 4: 32} (last step: tokens in a row): undo that change; the steps to come may change",
+        "{until_step: 3, seq_len: 16}": "gives other rows to steps that are done",
+        "": "gives other rows to steps that are done: up to step 4 it was {3: 16, 4: 32} and would be {4: 64}",
+    }
+    for stages, words in others.items():
+        new = config(stages)
+        with pytest.raises(UserError) as error:
+            check_resume(old, make_state(0, new), new)
+        assert words in str(error.value)
+        accepting = config(stages, "train.accept_changes=[data.stages]")
+        with pytest.raises(UserError) if "done" in words or "would" in words else nullcontext():
+            check_resume(old, make_state(0, accepting), accepting)
+    # before any step is done, and where the rows are others, stages are no more than another setting
+    new = config("", "train.accept_changes=[data.stages]")
+    check_resume(dataclasses.replace(old, step=0), make_state(0, new), new)
+    new = config("", "train.accept_changes=[data]")
+    check_resume(old, make_state(0, new, data="others"), new)
+    # a checkpoint of a version without stages
+    plain = make_state(4, new)
+    del plain.config["data"]["stages"]
+    check_resume(plain, make_state(0, new), new)
 
 
 def test_a_trainer_json_of_another_form_is_refused(prepared: Prepared, tmp_path: Path) -> None:

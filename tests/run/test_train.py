@@ -124,6 +124,44 @@ def test_micro_batches_and_ranks_do_not_change_the_loss(name: str, prepared: Pre
                     assert got[key] == want[key], f"{run}: {key}"
 
 
+@pytest.mark.slow
+def test_a_run_in_stages_resumes_anywhere(prepared: Prepared, tmp_path: Path) -> None:
+    """In the middle of each stage and at a border."""
+
+    def config(run: str, *more: str) -> Config:
+        stages = "data.stages=[{until_step: 3, seq_len: 16}, {until_step: 6, seq_len: 32}]"
+        return tiny_config(prepared, tmp_path / run, stages, *more)
+
+    parts = [config("parts", f"train.stop_at_step={stop}") for stop in (2, 3, 5, 7)]
+    shared = config("shared", "engine.sequence_ranks=2", "engine.zero_stage=3")
+    run_on_ranks(2, train_all, [config("straight"), *parts, config("parts"), shared])
+    same_bits(tmp_path, 8)
+    log = (tmp_path / "straight" / "logs" / "rank_0.log").read_text()
+    assert re.findall(r"step (\d): from here on rows of (\d+) tokens", log) == [("4", "32"), ("7", "64")]
+    for got, want in zip(column(tmp_path / "shared"), column(tmp_path / "straight"), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=2e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_in_stages_resumes_at_a_border(prepared: Prepared, tmp_path: Path) -> None:
+    """The process that goes on compiles for its own length alone, and computes the same bits."""
+    options = ["data.stages=[{until_step: 2, seq_len: 32}]", "engine.compile=on", "evaluate.every_steps=null",
+               "model.n_layers=1", "train.steps=4"]  # fmt: skip
+    straight, parts = (tiny_config(prepared, tmp_path / run, *options) for run in ("straight", "parts"))
+    first = tiny_config(prepared, tmp_path / "parts", *options, "train.stop_at_step=2")
+    run_on_ranks(1, train_all, [straight])
+    for config in (first, parts):
+        run_on_ranks(1, train_all, [config])
+    same_bits(tmp_path, 4)
+
+
+def same_bits(folder: Path, step: int) -> None:
+    """Assert that the runs `straight` and `parts` are one in records, weights and state."""
+    assert column(folder / "straight") == column(folder / "parts")
+    a, b = (state_hashes(folder / run, step) for run in ("straight", "parts"))
+    assert a.keys() == b.keys() and all(a[name] == b[name] for name in a if name != "trainer.json")
+
+
 def launch(prepared: Prepared, run: Path, *overrides: str) -> subprocess.Popen:
     """The command of the README on two ranks, as a session of its own that can be killed whole."""
     command = [
