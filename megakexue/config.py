@@ -292,7 +292,12 @@ class MlaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder. A bundle holds this section with every scale as a number."""
+    """The decoder. A bundle holds this section with every scale as a number.
+
+    In a file or on the command line, `from: bundle` takes the section of the bundle `train.init_from`, all but
+    attention.backend; other keys beside it go on top. With another `rope.extension` on top, and if they are not given:
+    rope.trained_context is the bundle's context, rope.context is data.seq_len, and the base is `auto` where it changes.
+    """
 
     vocab_size: int
     """Rows of the embedding: at least the number of the tokenizer's pieces."""
@@ -1176,7 +1181,56 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         values = _filled(values, str(path))
     except RecursionError as error:
         raise UserError(f"{path}: it is nested too deeply") from error
+    model = values.get("model")
+    if isinstance(model, dict) and "from" in model:
+        values = values | {"model": _from_bundle(values, {**model}, str(path))}
     return build(Config, values, where=str(path))
+
+
+def _from_bundle(values: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the model section of the bundle `train.init_from`, with what is `given` beside `from: bundle` on top."""
+    source = given.pop("from")
+    require(
+        source == "bundle",
+        f"{where}: model.from={_shown(source)} must be bundle, which is that of train.init_from",
+    )
+    folder = train.get("init_from") if isinstance(train := values.get("train"), dict) else None
+    require(
+        isinstance(folder, str) and folder != "",
+        f"{where}: model.from=bundle takes the model of train.init_from, and that is null: name a bundle",
+    )
+    section = _bundle_model(Path(_read(Place, folder, "train.init_from")), where)
+    rope, old = given.get("rope"), section["rope"]
+    extension = rope.get("extension") if isinstance(rope, dict) else None
+    seq_len = data.get("seq_len") if isinstance(data := values.get("data"), dict) else None
+    if extension is None:
+        is_longer = False
+        with suppress(ValueError):  # what is no number is refused later
+            is_longer = parse_integer(seq_len) > parse_integer(old["context"])
+        require(
+            not is_longer,
+            f"{where}: data.seq_len={_shown(seq_len)} is longer than the context of {old['context']} of "
+            f"train.init_from={folder}: set model.rope.extension, such as base or yarn",
+        )
+    elif old["extension"] in (None, "base"):  # else it stays what it is, or is refused at the start
+        kept = {"fraction": old["fraction"], "trained_context": old["context"]}
+        section["rope"] = kept if extension == "base" else kept | {"base": old["base"]}
+    merged: dict[str, Any] = _merged(section, given)
+    return merged
+
+
+def _bundle_model(folder: Path, where: str) -> dict[str, Any]:
+    """Read the model section of a bundle as texts, without attention.backend, which is no matter of the weights."""
+    path = folder / "config.yaml"
+    require(
+        path.is_file() and (folder / "manifest.json").is_file(),
+        f"{where}: model.from=bundle: train.init_from={folder} is no bundle: make one with tools/export_model.py",
+    )
+    content = _parse_yaml(_read_file(path), _TextLoader, str(path))
+    require(isinstance(content, dict) and "model" in content, f"{path} has no section model: export the bundle again")
+    section: dict[str, Any] = content["model"]
+    build(ResolvedModel, section, where=str(path))
+    return section | {"attention": {k: v for k, v in section["attention"].items() if k != "backend"}}
 
 
 def _parse_override(override: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from megakexue.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    ResolvedModel,
+    RopeConfig,
     SourceConfig,
     TrainConfig,
     UserError,
@@ -37,7 +39,7 @@ from megakexue.config import (
 )
 from megakexue.core.costs import n_parameters
 from megakexue.core.decoder import Decoder
-from megakexue.core.resolve import resolve, resolve_optim
+from megakexue.core.resolve import resolve, resolve_config, resolve_optim
 from tests.conftest import Prepared
 from tests.helpers import ROOT
 from tests.programs import run_python
@@ -46,20 +48,106 @@ from tests.reads import Reads
 TINY = ROOT / "configs" / "tiny_gqa.yaml"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_yaml_builds_its_model(path: Path) -> None:
-    config = load_config(path)
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+BUNDLES = {"7b_32k": "7b_from_1b", "tiny_2048": "tiny_gqa"}
+"""Of what the bundles are that configs take their model from."""
+
+
+def bundle_config(folder: Path, model: ResolvedModel) -> Path:
+    """What a config takes of a bundle: its config, which says nothing without a manifest."""
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "config.yaml").write_text(to_yaml({"model": dataclasses.asdict(model), "lineage": {}}))
+    return folder
+
+
+def load_shipped(path: Path, folder: Path) -> Config:
+    if path.stem not in BUNDLES:
+        return load_config(path)
+    model = resolve_config(load_config(ROOT / "configs" / f"{BUNDLES[path.stem]}.yaml")).model
+    return load_config(path, [f"train.init_from={bundle_config(folder / 'bundle', model)}"])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_yaml_builds_its_model(path: Path, tmp_path: Path) -> None:
+    config = load_shipped(path, tmp_path)
     model = resolve(config.model, config.optim.name, config.data.seq_len)
     with torch.device("meta"):
         decoder = Decoder(model, "reference")
     assert sum(p.numel() for p in decoder.parameters()) == n_parameters(model)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
-    config = load_config(path)
+    config = load_shipped(path, tmp_path)
     (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_a_model_from_a_bundle(tmp_path: Path) -> None:
+    trained = resolve_config(load_config(TINY, ["model.attention.backend=sdpa", "model.tie_embeddings=true"])).model
+    bundle = bundle_config(tmp_path / "b", trained)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        to_yaml(
+            {
+                "model": {"from": "bundle"},
+                "data": {"sources": [{"path": "d"}], "tokenizer": "t", "seq_len": 256},
+                "train": {"run": "r", "steps": 200, "global_batch_size": 4, "micro_batch_size": 4},
+            }
+        )
+    )
+    start = f"train.init_from={bundle}"
+
+    def model(*overrides: str) -> ModelConfig:
+        return load_config(path, [start, *overrides]).model
+
+    # all of it but how attention is computed; a resolved config is resolved to itself
+    same = dataclasses.replace(trained, attention=dataclasses.replace(trained.attention, backend="auto"))
+    assert resolve_config(load_config(path, [start])).model == same
+    assert load_config(path, [start, "data.seq_len=128"]).model.rope.context == 256
+    longer = ["data.seq_len=2048", "model.rope.extension=ntk"]
+    assert model(*longer).rope == RopeConfig(base=trained.rope.base, trained_context=256, extension="ntk")
+    assert model(*longer, "model.rope.context=4096").rope.context == 4096
+    assert model(*longer, "model.rope.extension=base").rope == RopeConfig(trained_context=256, extension="base")
+    assert model(*longer, "model.rope={extension: base, base: 1e6}").rope.base == 1e6
+    assert model("model.attention.backend=blocked").attention.backend == "blocked"
+    # what is extended already keeps it; a new base alone is no obstacle
+    extended = resolve_config(load_config(path, [start, *longer])).model
+    bundle_config(tmp_path / "b", extended)
+    assert model("data.seq_len=2048").rope == RopeConfig(**vars(extended.rope))
+    assert (
+        model("data.seq_len=2048", "model.rope.extension=yarn", "model.rope.yarn_temperature=false").rope.base == 7400
+    )
+    rebased = dataclasses.replace(extended.rope, extension="base", base=1e6)
+    bundle_config(tmp_path / "b", dataclasses.replace(extended, rope=rebased))
+    further = model("data.seq_len=8192", "model.rope.extension=ntk").rope
+    assert further == RopeConfig(base=1e6, trained_context=2048, extension="ntk")
+
+    bundle_config(tmp_path / "b", trained)
+    refused = {
+        f"c.yaml: data.seq_len=2048 is longer than the context of 256 of train.init_from={bundle}: set": [
+            "data.seq_len=2048"],
+        "c.yaml: model.from=x must be bundle, which is that of train.init_from": ["model.from=x"],
+        "c.yaml: model.from=bundle takes the model of train.init_from, and that is null: name a bundle": [
+            "train.init_from=null"],
+        f"c.yaml: model.from=bundle: train.init_from={tmp_path} is no bundle: make one with tools/export_model.py": [
+            f"train.init_from={tmp_path}"],
+        "c.yaml: model.rop is no setting: did you mean model.rope?": ["model.rop=1"],
+        "c.yaml: model.rope=1 must be of the form": ["model.rope=1"],
+        "c.yaml: model.rope.extension=long must be one of": ["model.rope.extension=long"],
+        "c.yaml: data.seq_len=x must be a whole number": ["data.seq_len=x"],
+    }  # fmt: skip
+    for message, overrides in refused.items():
+        with pytest.raises(UserError) as error:
+            model(*overrides)
+        assert message in str(error.value)
+    for content, message in {"a: 1": "has no section model", "model: 3": "=3 must be of the form {vocab_size: 3}",
+                             "model: {d_model: 3}": "missing: vocab_size, n_layers"}.items():  # fmt: skip
+        (bundle / "config.yaml").write_text(content)
+        with pytest.raises(UserError, match=message) as error:
+            model()
+        assert f"{bundle}/config.yaml" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +536,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 def test_every_yaml_means_what_omegaconf_reads_in_it() -> None:
     """Numbers, truth values and lists, by another reader: texts are what the two read differently on purpose."""
-    for path in (ROOT / "configs").glob("*.yaml"):
+    for path in [path for path in SHIPPED if path.stem not in BUNDLES]:
         assert load_config(path) == OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         )
@@ -520,10 +608,11 @@ def numeric_fields(section: Any, prefix: str = "") -> list[str]:
 def test_numbers_out_of_range_are_refused_by_name() -> None:
     keys = numeric_fields(Config)
     assert {"train.seed", "data.sources[0].weight", "model.mla.d_rope", "engine.timeout_s", "optim.points"} <= {*keys}
-    given = OmegaConf.to_container(OmegaConf.load(TINY), resolve=False)
+    given: Any = OmegaConf.to_container(OmegaConf.load(TINY), resolve=False)
+    given["data"]["stages"] = [{"until_step": 1, "seq_len": 2}]
     for key, value in itertools.product(keys, ["nan", "-.inf", str(2**64), math.nan, math.inf, 2**64]):
         values: Any = copy.deepcopy(given)
-        *owners, name = key.replace("sources[0]", "sources").split(".")
+        *owners, name = key.replace("[0]", "").split(".")
         section = values
         for owner in owners:
             section = section.setdefault(owner, {})

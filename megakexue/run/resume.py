@@ -244,7 +244,7 @@ def _check_init(bundle: Bundle, model: ResolvedModel) -> None:
     require(
         not found,
         f"train.init_from={bundle.folder}: its model differs from `model`: {'; '.join(shown(found))}: "
-        f"copy the model section of {bundle.folder}/config.yaml{hint}",
+        f"write model: {{from: bundle}}, with nothing of that{hint}",
     )
 
 

@@ -159,16 +159,16 @@ def test_finetuning_for_a_longer_context_with_other_losses(prepared: Prepared, t
     }
     runs = {name: tmp_path / name.removesuffix("_resumed") for name in cases}
     refused = {
-        r"rope.context 64 -> 256: copy the model section .*; for a longer context set model.rope.extension": [],
+        r"rope.context 64 -> 256: write model: {from: bundle}, .*; for a longer context set model.rope.extension": [],
         r"model.rope.base=\d+ is that of train.init_from=.*, so model.rope.extension=base changes nothing": [
             *cases["base"], f"model.rope.base={trained_config.rope.base}"],
         "data.tokenizer=.* is not the tokenizer of train.init_from=.*foreign, so its ids mean other text": [
             f"train.init_from={foreign}", "model.rope.context=null"],
         "model.rope.trained_context=100, but train.init_from=.* was trained for 64 tokens": [
             "model.rope.extension=ntk", "model.rope.trained_context=100"],
-        r"rope.base \d+.0 -> 9000.0; rope.context 64 -> 256: copy .*; for a longer context set model.rope.extension": [
+        r"rope.base \d+.0 -> 9000.0; rope.context 64 -> 256: write .*; for a longer context set model.rope.extension": [
             "model.rope.base=9000"],
-        r"rope.base \d+.0 -> 9000.0: copy the model section of .*config.yaml$": [
+        r"rope.base \d+.0 -> 9000.0: write model: {from: bundle}, with nothing of that$": [
             "model.rope.base=9000", "model.rope.extension=ntk", *old],
         "attention.scale constant -> log_n": ["model.rope.extension=ntk", *old, "model.attention.scale=log_n"],
         r"attention.log_n_base None -> 100.0; attention.scale constant -> log_n_clipped": [
