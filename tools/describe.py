@@ -25,7 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the file's")
-    parser.add_argument("--ranks", type=as_integer, default=1, metavar="N", help="world size (default: 1)")
+    parser.add_argument(
+        "--ranks", type=as_integer, metavar="N", help="world size (default: the fewest, engine.sequence_ranks)"
+    )
     parser.add_argument("--parameters", action="store_true", help="also a line for each kind of parameter")
     return parser.parse_intermixed_args()
 
@@ -47,9 +49,12 @@ def check_what_exists(config: Config) -> list[str]:
 
 def main() -> None:
     args = parse_arguments()
-    require(args.ranks > 0, f"--ranks {args.ranks} must be positive")
     config = load_config(args.config, args.overrides)
-    config.train.n_micro_batches(args.ranks)
+    size = config.engine.sequence_ranks
+    n_ranks = size if args.ranks is None else args.ranks
+    require(n_ranks > 0, f"--ranks {n_ranks} must be positive")
+    require(n_ranks % size == 0, f"--ranks {n_ranks} must be a multiple of engine.sequence_ranks={size}")
+    config.train.n_micro_batches(n_ranks // size)
     missing = check_what_exists(config)
 
     from megakexue.core.axes import axes, shape
@@ -62,7 +67,7 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"{args.config}: {error}") from error
     model = resolved.model
-    print(describe(config, resolved, args.ranks))
+    print(describe(config, resolved, n_ranks))
     print(describe_heads(model))
     if missing:
         print(f"WARNING: a launch needs these, which do not exist yet: {', '.join(missing)}")

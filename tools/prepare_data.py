@@ -60,6 +60,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--copies", type=as_integer, default=1, help="sampled copies of each training document (default: 1)"
     )
+    parser.add_argument(
+        "--split-by-length",
+        type=as_integer,
+        metavar="N",
+        help="write two folders, OUT/long of the documents of more than N tokens and OUT/short of the others, so that "
+        "data.sources can give each its weight",
+    )
     parser.add_argument("--processes", type=as_integer, help="worker processes (default: one for each core)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that this program wrote before")
     return parser.parse_intermixed_args()
@@ -78,8 +85,9 @@ def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
     lines += report(manifest)
     if manifest["skipped"]:
         lines.append(f"all that was skipped is listed in {out}/skipped.tsv")
-    if manifest["splits"]["valid"]["documents"] == 0 and manifest["valid_fraction"] > 0:
-        lines.append("warning: no document fell into the valid split; raise --valid-fraction")
+    for name, split in manifest["splits"].items():
+        if name.endswith("valid") and split["documents"] == 0 and manifest["valid_fraction"] > 0:
+            lines.append(f"warning: no document fell into the {name} split; raise --valid-fraction")
     lines.append(f"padding {manifest['padding_share']:.2%}; written to {out} in {seconds:.0f} s")
     return "\n".join(lines)
 
@@ -93,6 +101,7 @@ def main() -> None:
         sample_alpha=options.sample_alpha,
         copies=options.copies,
         text_key=options.text_key,
+        split_by_length=options.split_by_length,
     )
     with ProgressDisplay() as progress:
         manifest = prepare(

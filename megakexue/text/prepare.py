@@ -1,6 +1,7 @@
 """Turn text into the token rows that training streams: read, drop duplicates, tokenise, pack, write shards.
 
 A folder of prepared data holds manifest.json, tokenizer.model and the splits train/ and valid/, which are MDS shards.
+With `split_by_length` there are two, short/ and long/, so that a run can give a weight to each.
 
 What must stay true:
 - The rows depend on the inputs and the arguments, never on the number of processes. The documents travel in numbered
@@ -23,6 +24,7 @@ import os
 import shutil
 import signal
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -62,6 +64,9 @@ class PrepareArguments:
     copies: int = 1
     """Sampled segmentations of each training document."""
     text_key: str = "text"
+    split_by_length: int | None = None
+    """Documents of more tokens, BOS and EOS among them, go into a folder `long`, the others into `short`. None: one
+    folder for all."""
 
     def __post_init__(self) -> None:
         require(self.seq_len >= 2, f"--seq-len {self.seq_len} must be at least 2")
@@ -71,6 +76,17 @@ class PrepareArguments:
         require(alpha is None or 0 <= alpha < math.inf, f"--sample-alpha {alpha} must be finite and not negative")
         repeated = f"--copies {copies} without --sample-alpha would repeat the same rows: add --sample-alpha 0.2"
         require(copies == 1 or alpha is not None, repeated)
+        limit = self.split_by_length
+        require(limit is None or limit >= 2, f"--split-by-length {limit} must be at least 2")
+        require(
+            limit is None or copies == 1,
+            f"--split-by-length does not fit --copies {copies}, which differ in length: leave one of them out",
+        )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Folders that are prepared, below the one that is written."""
+        return ("",) if self.split_by_length is None else ("short", "long")
 
 
 def prepare(
@@ -78,7 +94,7 @@ def prepare(
     processes: int | None = None, overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the folder `out` and return its manifest.
+    """Write the folder `out` and return its manifest; that of both parts has splits such as long/train.
 
     `processes` is the number of workers; None: one for each core.
 
@@ -92,28 +108,30 @@ def prepare(
     bytes_total = check(inputs, tokenizer, out, args, overwrite)
     with new_folder(out) as folder:
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
-        (folder / "spool").mkdir()
+        for name in ("spool", *args.parts):
+            (folder / name).mkdir(exist_ok=True)
         blocks = cut_into_blocks(find_files(inputs), folder / "spool", args.text_key)
         with open(folder / "skipped.tsv", "w", encoding="utf-8") as list_file:
-            ledger = SplitLedger(inputs, list_file, args.valid_fraction)
+            ledger = SplitLedger(inputs, list_file, args, tokenizer.bos_id)
             splits = {name: Split(folder / name, args, tokenizer) for name in ledger.splits}
             with Workers(processes, folder / "tokenizer.model", args) as workers:
                 for block, tokens in tokenise_in_order(blocks, workers, ledger.judge):
-                    for split, documents in zip(splits.values(), tokens):
-                        split.add(documents)
-                    ledger.add_packed(block, tokens)
+                    for name, documents in ledger.add_packed(block, tokens).items():
+                        splits[name].add(documents)
                     so_far = ledger.bytes_done, bytes_total, ledger.total("documents"), ledger.total("tokens")
                     on_progress(Progress(*so_far))
         shutil.rmtree(folder / "spool")
-        n_training = ledger.splits["train"]["documents"]
-        said = f"no training document in {' '.join(ledger.inputs)}; skipped: {ledger.reasons()}"
-        require(n_training > 0, said)
+        ledger.check_training()
         entries = {name: split.finish(ledger.splits[name]) for name, split in splits.items()}
-        manifest = make_manifest(tokenizer, args, entries, ledger)
-        path = folder / "manifest.json"
-        path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        seal(path)
-    return manifest
+        for part in args.parts:
+            own = {name: entries[f"{part}/{name}".lstrip("/")] for name in ("train", "valid")}
+            path = folder / part / "manifest.json"
+            manifest = make_manifest(tokenizer, args, own, ledger)
+            path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+            seal(path)
+            if part:
+                shutil.copyfile(tokenizer_path, folder / part / "tokenizer.model")
+    return make_manifest(tokenizer, args, entries, ledger)
 
 
 def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArguments, overwrite: bool) -> int:
@@ -125,7 +143,8 @@ def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArgum
     )
     if out.exists():
         require(overwrite, f"--out {out} exists: choose another, or add --overwrite")
-        ours = out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
+        is_written = any((out / part / "manifest.json").is_file() for part in ("", "long"))
+        ours = out.is_dir() and (is_written or not any(out.iterdir()))
         require(ours, f"--out {out} was not written by prepare_data: --overwrite will not remove it")
     return check_inputs(inputs, args.text_key, out)
 
@@ -147,28 +166,52 @@ def make_manifest(
 
 
 class SplitLedger(Ledger):
-    """The ledger, which also counts the tokens and the two splits."""
+    """The ledger, which also counts the tokens and the splits of each part, and divides the documents among parts."""
 
-    def __init__(self, inputs: list[str], list_file: IO[str], valid_fraction: float) -> None:
+    def __init__(self, inputs: list[str], list_file: IO[str], args: PrepareArguments, bos_id: int) -> None:
         super().__init__(inputs, list_file)
-        self.valid_fraction = valid_fraction
+        self.args, self._bos_id = args, bos_id
         for source in self.sources:
             source["tokens"] = 0
-        self.splits = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in ("train", "valid")}
+        names = [f"{part}/{split}".lstrip("/") for part in args.parts for split in ("train", "valid")]
+        self.splits = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in names}
+        self._sizes: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        """Of the blocks that are judged and not packed: bytes of each training and validation document that is kept."""
 
     def judge(self, block: Block, contents: Contents) -> np.ndarray:
         keep = super().judge(block, contents)
-        valid = in_valid(contents.digests, self.valid_fraction)
-        for counts, chosen in zip(self.splits.values(), (keep & ~valid, keep & valid)):
-            self._count(counts, contents, chosen)
+        valid = in_valid(contents.digests, self.args.valid_fraction)
+        self._sizes.append((contents.sizes[keep & ~valid], contents.sizes[keep & valid]))
         return keep
 
-    def add_packed(self, block: Block, tokens: list[np.ndarray]) -> None:
-        """Count the tokens of a block, which are one array for each split."""
-        for counts, documents in zip(self.splits.values(), tokens):
-            counts["tokens"] += len(documents)
+    def add_packed(self, block: Block, tokens: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Count the tokens of a block, which are one array for each split, and return them by part and split."""
+        found = {}
+        for split, documents, sizes in zip(("train", "valid"), tokens, self._sizes.popleft()):
             self.sources[block.source]["tokens"] += len(documents)
+            lengths = np.diff(np.flatnonzero(documents == self._bos_id), append=len(documents))
+            for part in self.args.parts:
+                chosen = np.full(len(lengths), True)
+                if self.args.split_by_length is not None:
+                    chosen = (lengths > self.args.split_by_length) == (part == "long")
+                name = f"{part}/{split}".lstrip("/")
+                found[name] = documents[np.repeat(chosen, lengths)]
+                of_documents = sizes if len(self.args.parts) == 1 else sizes[chosen]  # copies are no documents
+                counted = {"tokens": len(found[name]), "documents": len(of_documents), "bytes": int(of_documents.sum())}
+                self.splits[name] = {key: n + counted[key] for key, n in self.splits[name].items()}
         self.bytes_done += block.size
+        return found
+
+    def check_training(self) -> None:
+        """Require something to train on in each part. Raises UserError."""
+        for part in self.args.parts:
+            kind = {"": "", "short": f" of at most {self.args.split_by_length} tokens",
+                    "long": f" of more than {self.args.split_by_length} tokens"}[part]  # fmt: skip
+            remedy = ": choose another --split-by-length" if part and self.total("documents") else ""
+            require(
+                self.splits[f"{part}/train".lstrip("/")]["documents"] > 0,
+                f"no training document{kind} in {' '.join(self.inputs)}; skipped: {self.reasons()}{remedy}",
+            )
 
 
 class Split:

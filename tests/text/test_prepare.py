@@ -27,6 +27,7 @@ from megakexue.files import sha256
 from megakexue.text import inputs as inputs_module
 from megakexue.text import prepare as module
 from megakexue.text.inputs import Block
+from megakexue.text.manifest import read_manifest
 from megakexue.text.prepare import Progress, Workers, prepare
 from megakexue.text.tokenizer import Tokenizer
 from tests.helpers import ROOT
@@ -242,6 +243,39 @@ def test_the_manifest_counts_what_the_rows_hold(packing: str, model: Path, corpu
         assert in_splits == sum(source[key] for source in manifest["sources"].values())
 
 
+def test_split_by_length_loses_nothing(model: Path, tmp_path: Path) -> None:
+    texts = [f"number {i} of them " * (1 + i % 20) for i in range(60)]
+    write_lines(tmp_path / "a.jsonl", [*texts, texts[0], ""])
+    common: dict[str, Any] = dict(valid_fraction=0.3, seq_len=64)
+    inputs, limit, tokenizer = [str(tmp_path / "a.jsonl")], 40, Tokenizer(model)
+    whole = prepare(inputs, model, tmp_path / "whole", arguments(**common), processes=2)
+    out = tmp_path / "out"
+    both = prepare(inputs, model, out, arguments(**common, split_by_length=limit), processes=2)
+    assert {path.name for path in out.iterdir()} == {"long", "short", "skipped.tsv", "tokenizer.model"}
+    manifests = {part: json.loads((out / part / "manifest.json").read_text()) for part in ("short", "long")}
+    for split in ("train", "valid"):
+        expected = documents_in(tmp_path / "whole", split)
+        is_long = [len(tokenizer.encode(text)) + 2 > limit for text in expected]
+        for part, wanted in (("short", False), ("long", True)):
+            of_part = [text for text, long in zip(expected, is_long, strict=True) if long == wanted]
+            assert of_part and sorted(documents_in(out / part, split)) == sorted(of_part)
+            entry = manifests[part]["splits"][split]
+            assert entry == both["splits"][f"{part}/{split}"]
+            assert (entry["documents"], entry["bytes"]) == (len(of_part), sum(len(t.encode()) for t in of_part))
+        for key in ("documents", "bytes", "tokens"):
+            assert sum(m["splits"][split][key] for m in manifests.values()) == whole["splits"][split][key]
+    assert both["sources"] == whole["sources"] == manifests["long"]["sources"] and both["skipped"] == whole["skipped"]
+    for part in ("short", "long"):
+        assert read_manifest(out / part).seq_len == 64
+        assert (out / part / "tokenizer.model").read_bytes() == model.read_bytes()
+    again = arguments(**common, split_by_length=10**6)
+    with pytest.raises(UserError, match=r"no training document of more than 1000000 tokens in .*: choose another"):
+        prepare(inputs, model, out, again, processes=1, overwrite=True)
+    assert (out / "long/manifest.json").is_file()
+    prepare(inputs, model, out, arguments(**common), processes=1, overwrite=True)
+    assert not (out / "long").exists()
+
+
 def test_progress_reaches_the_end(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs_module, "BLOCK_BYTES", 2000)
     folder = tmp_path / "in"
@@ -357,6 +391,8 @@ def test_two_runs_for_one_folder(model: Path, tmp_path: Path) -> None:
         ({"seq_len": 1}, "--seq-len 1 must be at least 2"),
         ({"valid_fraction": 1.0}, r"--valid-fraction 1.0 must be in \[0, 1\)"),
         ({"copies": 0}, "--copies 0 must be at least 1"),
+        ({"split_by_length": 1}, "--split-by-length 1 must be at least 2"),
+        ({"split_by_length": 9, "copies": 2, "sample_alpha": 0.2}, "--split-by-length does not fit --copies 2, which"),
         ({"sample_alpha": -1.0}, "--sample-alpha -1.0 must be finite and not negative"),
         ({"copies": 2}, "--copies 2 without --sample-alpha would repeat the same rows: add --sample-alpha"),
     ],
