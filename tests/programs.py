@@ -14,8 +14,8 @@ from tests.helpers import ROOT
 CODE = """
 import contextlib, io, json, runpy, sys
 
-program, results = sys.argv[1], []
-for arguments in json.load(sys.stdin):
+results = []
+for program, *arguments in json.load(sys.stdin):
     sys.argv, out, err = [program, *arguments], io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -28,13 +28,19 @@ json.dump(results, sys.stdout)
 """
 
 
+def run_programs(command_lines: list[list[str]], **options: Any) -> list[tuple[int, str, str, bool]]:
+    """Run the programs one after another; return code, stdout and stderr of each, and whether torch is imported."""
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, input=json.dumps(command_lines), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return [tuple(result) for result in json.loads(done.stdout)]
+
+
 def run_without_torch(program: Path, command_lines: list[list[str]]) -> list[tuple[int, str, str]]:
     """Return exit code, stdout and stderr of each; asserts that none of them has imported torch."""
-    command = [sys.executable, "-c", CODE, str(program)]
-    done = subprocess.run(command, input=json.dumps(command_lines), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     results = []
-    for arguments, (code, out, err, has_torch) in zip(command_lines, json.loads(done.stdout), strict=True):
+    done = run_programs([[str(program), *arguments] for arguments in command_lines])
+    for arguments, (code, out, err, has_torch) in zip(command_lines, done, strict=True):
         assert not has_torch, f"{arguments} imported torch"
         results.append((code, out, err))
     return results
