@@ -1,5 +1,6 @@
 """Small models, configs, runs and records that several tests use."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,10 +27,11 @@ from megakexue.config import (
     TrainConfig,
     UserError,
     load_config,
+    to_yaml,
 )
 from megakexue.core.attention import Backend
 from megakexue.core.decoder import Decoder, initial_weight
-from megakexue.core.resolve import resolve, resolve_optim
+from megakexue.core.resolve import resolve, resolve_config, resolve_optim
 from megakexue.run.guard import GuardState
 from megakexue.run.metrics import Metrics
 from megakexue.run.records import StatisticsRecord, StepRecord, TensorStatistics
@@ -52,6 +54,27 @@ def tiny_run(prepared: Prepared, run: Path, *overrides: str) -> list[str]:
 
 def tiny_config(prepared: Prepared, run: Path, *overrides: str, name: str = "tiny_gqa") -> Config:
     return load_config(ROOT / "configs" / f"{name}.yaml", tiny_run(prepared, run, *overrides))
+
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+BUNDLES = {"7b_32k": "7b_from_1b", "tiny_2048": "tiny_gqa"}
+"""Of what the bundles are that configs take their model from."""
+
+
+def bundle_config(folder: Path, model: ResolvedModel) -> Path:
+    """What a config takes of a bundle: its config, which says nothing without a manifest."""
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "config.yaml").write_text(to_yaml({"model": dataclasses.asdict(model), "lineage": {}}))
+    return folder
+
+
+def load_shipped(path: Path, folder: Path, overrides: list[str] | None = None) -> Config:
+    """Load a file of configs/, whose bundle is then in `folder`."""
+    if path.stem not in BUNDLES:
+        return load_config(path, overrides)
+    model = resolve_config(load_config(ROOT / "configs" / f"{BUNDLES[path.stem]}.yaml")).model
+    return load_config(path, [f"train.init_from={bundle_config(folder / 'bundle', model)}", *(overrides or [])])
 
 
 def records(run: Path) -> list[dict[str, Any]]:

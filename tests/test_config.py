@@ -25,7 +25,6 @@ from megakexue.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
-    ResolvedModel,
     RopeConfig,
     SourceConfig,
     TrainConfig,
@@ -41,31 +40,11 @@ from megakexue.core.costs import n_parameters
 from megakexue.core.decoder import Decoder
 from megakexue.core.resolve import resolve, resolve_config, resolve_optim
 from tests.conftest import Prepared
-from tests.helpers import ROOT
+from tests.helpers import BUNDLES, ROOT, SHIPPED, bundle_config, load_shipped
 from tests.programs import run_python
 from tests.reads import Reads
 
 TINY = ROOT / "configs" / "tiny_gqa.yaml"
-
-
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
-BUNDLES = {"7b_32k": "7b_from_1b", "tiny_2048": "tiny_gqa"}
-"""Of what the bundles are that configs take their model from."""
-
-
-def bundle_config(folder: Path, model: ResolvedModel) -> Path:
-    """What a config takes of a bundle: its config, which says nothing without a manifest."""
-    folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_text("{}")
-    (folder / "config.yaml").write_text(to_yaml({"model": dataclasses.asdict(model), "lineage": {}}))
-    return folder
-
-
-def load_shipped(path: Path, folder: Path) -> Config:
-    if path.stem not in BUNDLES:
-        return load_config(path)
-    model = resolve_config(load_config(ROOT / "configs" / f"{BUNDLES[path.stem]}.yaml")).model
-    return load_config(path, [f"train.init_from={bundle_config(folder / 'bundle', model)}"])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -50,11 +50,11 @@ def check_what_exists(config: Config) -> list[str]:
 def main() -> None:
     args = parse_arguments()
     config = load_config(args.config, args.overrides)
-    size = config.engine.sequence_ranks
-    n_ranks = size if args.ranks is None else args.ranks
+    n_sharing = config.engine.sequence_ranks
+    n_ranks = n_sharing if args.ranks is None else args.ranks
     require(n_ranks > 0, f"--ranks {n_ranks} must be positive")
-    require(n_ranks % size == 0, f"--ranks {n_ranks} must be a multiple of engine.sequence_ranks={size}")
-    config.train.n_micro_batches(n_ranks // size)
+    require(n_ranks % n_sharing == 0, f"--ranks {n_ranks} must be a multiple of engine.sequence_ranks={n_sharing}")
+    config.train.n_micro_batches(n_ranks // n_sharing)
     missing = check_what_exists(config)
 
     from megakexue.core.axes import axes, shape

@@ -15,7 +15,7 @@ from megakexue.core.decoder import Cache
 from megakexue.core.describe import cache_bytes_per_token, describe, describe_heads, not_default
 from megakexue.core.resolve import resolve_config
 from tests.conftest import Prepared
-from tests.helpers import KINDS, ROOT, build, positions_of, tiny
+from tests.helpers import KINDS, ROOT, SHIPPED, build, load_shipped, positions_of, tiny
 
 
 def test_cache_bytes() -> None:
@@ -54,13 +54,15 @@ def test_cache_bytes_are_those_that_decoding_keeps(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_gqa", "tiny_mla"])
 def test_description_names_the_numbers(name: str) -> None:
-    given = load_config(ROOT / "configs" / f"{name}.yaml", ["optim.name=adamw"])
+    stages = "data.stages=[{until_step: 9, seq_len: 64}]"
+    given = load_config(ROOT / "configs" / f"{name}.yaml", ["optim.name=adamw", stages])
     config = resolve_config(given)
     text = " ".join(f"{describe(given, config, 2)}\n{describe_heads(config.model)}".split())
     assert config.model.rope.base == {"tiny_gqa": 7400, "tiny_mla": 59400}[name]
     for words in ("settings model.vocab_size=4096 model.d_model=128", "optim.name=adamw", "checkpoint.every_steps=10",
                   f"{n_parameters(config.model):,} parameters", f"rope base {config.model.rope.base:g} on ",
-                  "2 ranks x 2 micro-batches", "16 rows x 256 = 4,096 tokens", "200 steps, 819,200 tokens",
+                  "2 ranks x 2 micro-batches x 4; cut to 64 until step 9", "16 rows x 256 = 4,096 tokens",
+                  "200 steps, 819,200 tokens",
                   "ZeRO-1 fp32", "log_n on ",
                   *{"tiny_gqa": ("heads 4 of 32 in 2 groups", "GQA of 2 groups 1,024 bytes"),
                     "tiny_mla": ("MLA, 4 of 16 + 16 and values of 32", "MLA of 64 + 16 640 bytes")}[name],
@@ -68,7 +70,6 @@ def test_description_names_the_numbers(name: str) -> None:
         assert words in text, words
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MORE = {
     "attention": "varlen: flash needs flash-attn (3: not installed, 4: not installed, 2: not installed): pip install "
     "'megakexue[gpu]'",
@@ -80,16 +81,16 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_first_screen_fits_a_terminal(path: Path) -> None:
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_first_screen_fits_a_terminal(path: Path, tmp_path: Path) -> None:
     folder = "/mnt/数据/" + "long_name/" * 12
     many = [f"data.tokenizer={folder}tokenizer.model", f"data.sources=[{{path: {folder}data}},{{path: data/web2}}]",
             f"train.run={folder}run", "optim.name=lion", "optim.clip=smooth", "guard.on_nonfinite=shrink",
             "guard.on_spike=rollback", "metrics.every_steps=10", "checkpoint.keep_every=1000", "engine.timeout_s=600",
             "metrics.tensorboard=false", "checkpoint.every_steps=100", "data.n_prefetch=4"]  # fmt: skip
     for overrides in ([], many):
-        given = load_config(path, overrides)
-        lines = describe(given, resolve_config(given), 1, MORE).splitlines()
+        given = load_shipped(path, tmp_path, overrides)
+        lines = describe(given, resolve_config(given), given.engine.sequence_ranks, MORE).splitlines()
         assert len(lines) <= 20 and max(map(cell_len, lines)) <= 80, "\n".join(lines)
         labels = [line.split()[0] for line in lines if line[0] != " "]
         assert labels[:6] == ["settings", "model", "scales", "batch", "budget", "state"] and {*MORE} <= {*labels}
@@ -99,17 +100,19 @@ def test_the_first_screen_fits_a_terminal(path: Path) -> None:
 
 
 def test_a_path_that_is_longer_than_a_line_is_whole() -> None:
-    given = load_config(CONFIGS[0])
+    given = load_config(SHIPPED[0])
     run = "/mnt/" + "x" * 90
     assert f"run         {run}\n            (files)" in describe(
         given, resolve_config(given), 1, {"run": f"{run} (files)"}
     )
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_settings_are_what_makes_the_config_of_the_defaults(path: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("{}\n")
-    given = load_config(path, ["data.sources=[{path: a, weight: 2},{path: b, weight: 0.5}]", "data.shuffle=false"])
+    given = load_shipped(
+        path, tmp_path, ["data.sources=[{path: a, weight: 2},{path: b, weight: 0.5}]", "data.shuffle=false"]
+    )
     assert load_config(tmp_path / "empty.yaml", not_default(given)) == given
 
 
@@ -131,6 +134,10 @@ def test_the_program() -> None:
         (
             [str(ROOT / "configs" / "tiny_gqa.yaml"), "model.n_heads=64"],
             "tiny_gqa.yaml: no RoPE base satisfies the boun",
+        ),
+        (
+            [str(ROOT / "configs" / "1b.yaml"), "engine.sequence_ranks=4", "--ranks", "6"],
+            "error: --ranks 6 must be a multiple of engine.sequence_ranks=4",
         ),
         ([str(ROOT / "configs" / "1b.yaml"), "--ranks", "7"], "must be a multiple of train.micro_batch_size=4 times"),
     ]:
