@@ -40,7 +40,7 @@ LEVELS = {
     "bundle": [
         {"bundle", "axis_maps"},
         {"generate", "evaluate", "grow_checks"},
-        {"grow"},
+        {"grow", "needle"},
         {"trace", "grow_report"},
     ],
     "run": [

@@ -8,12 +8,14 @@ in attention and RoPE, so it says how many tokens the model could see.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 from torch.nn import functional
 
 from megakexue.config import IGNORED, ModelConfig, ResolvedModel, build, require
@@ -23,6 +25,8 @@ from megakexue.core.resolve import resolve
 
 CHUNK = 512
 """Tokens whose logits exist at a time, in float32, and once more as log-softmax."""
+BATCH_TOKENS = 4096
+"""Tokens that go through the model at a time; a longer row goes alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +72,7 @@ def loss_by_position(
     for batch in batches:
         b, t = batch.tokens.shape
         assert t <= edges[-1], f"rows of {t} tokens are beyond the last of edges={edges}"
-        targets = batch.targets
-        if one_document:
-            targets = targets.where(batch.positions[:, -1:] == t - 1, IGNORED)
+        targets = _of_one_document(batch) if one_document else batch.targets
         kept = targets != IGNORED
         if not kept.any():
             continue
@@ -86,6 +88,42 @@ def loss_by_position(
         PositionLoss(start=start, stop=stop, n_tokens=int(n), loss_sum=float(total))
         for (start, stop), n, total in zip(pairwise(edges), counts, loss_sums)
     ]
+
+
+def _of_one_document(batch: Batch) -> Int64[Tensor, "b t"]:
+    """Return the targets of rows that one document fills; others are IGNORED."""
+    return batch.targets.where(batch.positions[:, -1:] == batch.positions.shape[1] - 1, IGNORED)
+
+
+def cut(batch: Batch, length: int) -> Iterator[Batch]:
+    """Yield the same tokens and targets in rows of `length`, and what is left of each row: none sees what was before.
+
+    So a document begins anew at each cut, as in data that was prepared with shorter rows.
+    """
+    n_whole = batch.tokens.shape[1] // length * length
+    pieces = [
+        [x[:, :n_whole].reshape(-1, length) for x in (batch.tokens, batch.targets, batch.positions)],
+        [x[:, n_whole:] for x in (batch.tokens, batch.targets, batch.positions)],
+    ]
+    for tokens, targets, positions in pieces:
+        if tokens.numel():
+            positions = positions.minimum(torch.arange(positions.shape[1]))
+            starts = (positions.flatten() == 0).nonzero()[:, 0]
+            yield Batch(
+                tokens=tokens, targets=targets, positions=positions, samples=[],
+                cu_seqlens=functional.pad(starts, (0, 1), value=positions.numel()).int(),
+                n_targets=int((targets != IGNORED).sum()),
+            )  # fmt: skip
+
+
+def loss_when_cut(model: Decoder, batches: Iterable[Batch], length: int, *, one_document: bool = False) -> PositionLoss:
+    """Sum the losses of the targets that `loss_by_position` counts, with at most `length` tokens before each.
+
+    `one_document` is about the rows as they are before they are cut.
+    """
+    if one_document:
+        batches = (dataclasses.replace(batch, targets=_of_one_document(batch)) for batch in batches)
+    return loss_by_position(model, (piece for batch in batches for piece in cut(batch, length)), [0, length])[0]
 
 
 def changed(config: ResolvedModel, changes: list[str]) -> tuple[ResolvedModel, str]:

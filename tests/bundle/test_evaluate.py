@@ -1,5 +1,6 @@
 """Losses by position: against one token at a time, the extrapolation table, and the program end to end."""
 
+import dataclasses
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megakexue.bundle.bundle import Bundle, write_bundle
-from megakexue.bundle.evaluate import CHUNK, PositionLoss, changed, loss_by_position, position_edges
+from megakexue.bundle.evaluate import CHUNK, PositionLoss, changed, cut, loss_by_position, loss_when_cut, position_edges
 from megakexue.bundle.generate import load_decoder
+from megakexue.bundle.needle import RunningText, needles
 from megakexue.config import IGNORED, AttentionConfig, DataConfig, ModelConfig, RopeConfig, SourceConfig, UserError
 from megakexue.core.axes import parameter_names
 from megakexue.core.batch import Batch
@@ -57,15 +59,22 @@ def model(bundle: Bundle) -> Decoder:
     return load_decoder(bundle, CPU)
 
 
-def read(prepared: Prepared, micro_batch_size: int, n_rows: int = 10**6) -> list[Batch]:
-    """The first validation rows."""
+def open_batches(prepared: Prepared, micro_batch_size: int = 1, seq_len: int | None = None) -> Batches:
+    """The validation rows, as they are prepared or divided."""
     config = DataConfig(
-        sources=[SourceConfig(path=str(prepared.data))], tokenizer=str(prepared.tokenizer), seq_len=prepared.seq_len
+        sources=[SourceConfig(path=str(prepared.data))],
+        tokenizer=str(prepared.tokenizer),
+        seq_len=seq_len or prepared.seq_len,
     )
-    batches = Batches(
+    return Batches(
         config, split="valid", global_batch_size=micro_batch_size, micro_batch_size=micro_batch_size,
         ranks=ALONE, cache=prepared.data,
     )  # fmt: skip
+
+
+def read(prepared: Prepared, micro_batch_size: int, n_rows: int = 10**6, seq_len: int | None = None) -> list[Batch]:
+    """The first validation rows."""
+    batches = open_batches(prepared, micro_batch_size, seq_len)
     rows = list(batches.first_rows(n_rows))
     batches.close()
     return rows
@@ -278,3 +287,144 @@ def test_what_follows_from_a_change_is_chosen_anew(bundle: Bundle) -> None:
     yarn = changed(bundle.config, ["rope.extension=yarn", "rope.context=64"])[0]
     with pytest.raises(UserError, match="the bundle is already extended, by yarn from 32 to 64 tokens"):
         changed(yarn, ["rope.extension=ntk", "rope.context=128"])
+
+
+# ------------------------------------------------------------------------------------------------- short rows, recall
+
+
+def test_rows_that_are_cut_have_the_losses_of_shorter_rows(prepared: Prepared, model: Decoder) -> None:
+    """The reader divides the same prepared rows for a shorter `data.seq_len`."""
+    shorter = loss_by_position(model, read(prepared, 4, 40, seq_len=32), [0, 32])[0]
+    cut_rows = loss_when_cut(model, read(prepared, 3, 20), 32)
+    assert cut_rows.n_tokens == shorter.n_tokens
+    assert cut_rows.loss_sum == pytest.approx(shorter.loss_sum, rel=1e-6)
+    whole = loss_by_position(model, read(prepared, 3, 20), [0, 64])[0]
+    assert abs(cut_rows.loss - whole.loss) > 1e-3, "context has an effect, or this test shows nothing"
+    assert loss_when_cut(model, read(prepared, 3, 20), 64).loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)
+
+
+def test_a_cut_leaves_a_rest_and_the_choice_of_rows(prepared: Prepared, model: Decoder) -> None:
+    (batch,) = read(prepared, micro_batch_size=10, n_rows=10)
+    pieces = list(cut(batch, 24))
+    assert [tuple(piece.tokens.shape) for piece in pieces] == [(20, 24), (10, 16)]
+    assert sum(piece.n_targets for piece in pieces) == batch.n_targets
+    for piece in pieces:
+        starts = (piece.positions.flatten() == 0).nonzero().flatten().tolist()
+        assert piece.cu_seqlens.tolist() == [*starts, piece.tokens.numel()]
+    rest = pieces[1].positions
+    assert (rest == torch.minimum(batch.positions[:, 48:], torch.arange(16))).all()
+    for one_document in (False, True):
+        counted = loss_by_position(model, [batch], [0, 64], one_document=one_document)[0].n_tokens
+        assert loss_when_cut(model, [batch], 24, one_document=one_document).n_tokens == counted
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """Run the program in this process, which has imported torch."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def longer(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same weights for the whole row, by a new base."""
+    rope = dataclasses.replace(bundle.config.rope, base=9e4, context=64, trained_context=32, extension="base")
+    config = dataclasses.replace(bundle.config, rope=rope)
+    weights = {name: bundle.weight(name) for name in parameter_names(config)}
+    out = tmp_path_factory.mktemp("evaluate") / "longer"
+    return Bundle(write_bundle(out, config, weights.items(), bundle.tokenizer, {"from": "a test"}))
+
+
+def test_bundles_side_by_side_with_the_loss_of_short_rows(
+    prepared: Prepared, bundle: Bundle, longer: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, png = tmp_path / "losses.json", tmp_path / "losses.png"
+    files = ["--json", out, "--plot", png]
+    evaluate(monkeypatch, bundle.folder, longer.folder, prepared.data, "--by-position", "--n-rows", 20, *files)
+    written, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert [result["bundle"] for result in written] == [str(bundle.folder), str(longer.folder)]
+    for result, opened in zip(written, (bundle, longer)):
+        own, batches = load_decoder(opened, CPU), read(prepared, 1, 20)
+        short = loss_when_cut(own, batches, 32)  # what both were trained for at first
+        assert result["short"]["length"] == 32 and result["short"]["n_tokens"] == short.n_tokens
+        assert result["short"]["loss"] == pytest.approx(short.loss, rel=1e-5)
+        first = loss_by_position(own, batches, [0, 32, 64])[0]
+        assert result["short"]["n_tokens_first"] == first.n_tokens
+        assert result["short"]["loss_first"] == pytest.approx(first.loss, rel=1e-5)
+    a, b = (result["short"] for result in written)
+    for label, n, key in (("first 32", "n_tokens_first", "loss_first"), ("in rows of 32", "n_tokens", "loss")):
+        row = rf"^ +{label} +{a[n]:,} +{a[key]:.4f} +{math.exp(a[key]):.4g} +{b[key]:.4f} +{math.exp(b[key]):.4g}$"
+        assert re.search(row, shown, re.MULTILINE), shown
+    assert png.read_bytes().startswith(b"\x89PNG") and f"wrote {png}\n" in shown
+
+
+def test_the_program_shows_needles(
+    prepared: Prepared, bundle: Bundle, longer: Bundle, model: Decoder, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, png = tmp_path / "needle.json", tmp_path / "needle.png"
+    options = ["--needle", "--lengths", "64,16", "--depths", "0,100", "--seeds", 3, "--json", out, "--plot", png]
+    evaluate(monkeypatch, bundle.folder, longer.folder, prepared.data, *options)
+    written, shown = json.loads(out.read_text()), capsys.readouterr().out
+    batches = open_batches(prepared)
+    manifest = batches.sources[0].manifest
+    ids = {"bos_id": manifest.bos_id, "eos_id": manifest.eos_id, "pad_id": manifest.pad_id}
+    text = RunningText(batches.rows.read, batches.n_rows, **ids)
+    expected = [
+        cell for length in (16, 64) for cell in needles(model, text, length=length, depths=[0.0, 100.0], seeds=range(3))
+    ]
+    batches.close()
+    for entry, cell in zip(written[0]["needle"], expected, strict=True):
+        assert {name: pytest.approx(value, abs=1e-5) for name, value in dataclasses.asdict(cell).items()} == entry
+    assert written[0]["context"] == 32 and written[1]["context"] == 64
+    gains = [cell.log_prob - cell.log_prob_without for cell in expected[::2]]
+    row = (
+        r"^ +depth +16 +64\*\n +0 % +\d+% " + rf"{re.escape(f'{gains[0]:+.2f}')} +\d+% {re.escape(f'{gains[1]:+.2f}')}$"
+    )
+    assert re.search(row, shown, re.MULTILINE), shown
+    assert shown.count("* beyond the 32 tokens that the bundle was trained for") == 1  # not of the longer one
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_program_shows_copies(
+    prepared: Prepared, bundle: Bundle, model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, png = tmp_path / "copy.json", tmp_path / "copy.png"
+    evaluate(
+        monkeypatch, bundle.folder, prepared.data, "--copy", "--lengths", "100", "--seeds", 2, "--json", out,
+        "--plot", png,
+    )  # fmt: skip
+    cells, shown = json.loads(out.read_text())["copy"], capsys.readouterr().out
+    assert [(cell["kind"], cell["distance"]) for cell in cells] == [
+        (kind, distance) for kind in ("random", "passage") for distance in (32, 64, 68)
+    ]
+    numbers = " +".join(f"{cells[i][name]:.3f}" for i in (1, 4) for name in ("first", "again", "without"))
+    assert re.search(rf"^ +64 +{numbers}$", shown, re.MULTILINE), shown
+    assert "rows of 100* tokens, 2 cases each; nats per token" in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_of_probes(
+    prepared: Prepared, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))
+    good = [str(bundle.folder), str(prepared.data)]
+    cases = [
+        (["--n-rows", "3", "--needle"], "--n-rows has an effect only without --needle and --copy: drop it"),
+        (["--seeds", "3"], "--seeds has an effect only with --needle or --copy: drop it"),
+        (["--depths", "3", "--copy"], "--depths has an effect only with --needle: drop it"),
+        (["--short", "3"], "--short has an effect only with --by-position: drop it"),
+        (["--plot", "x.png"], "--plot has an effect only with --by-position or --needle or --copy: drop it"),
+        (["--short", "64", "--by-position"], "--short 64 must be below the 64 tokens of a row"),
+        (["--needle", "--depths", "50,101"], "--depths [50.0, 101.0]: percents must be between 0 and 100"),
+        (["--needle", "--lengths", "15,99"], "--lengths 15 is too short: it must be at least 16"),
+        (["--copy", "--lengths", "63"], "--lengths 63 is too short: it must be at least 64"),
+        (["--needle", "--lengths", "1000000"], "tokens of text in this split, and these rows need 999992: ask for sh"),
+        (["--needle", "--seeds", "0"], "--seeds 0 must be positive"),
+        (["--needle", "--plot", f"{tmp_path}/x.pdf"], f"--plot {tmp_path}/x.pdf must end in .png"),
+    ]
+    for arguments, message in cases:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *good, *arguments])
+        with pytest.raises(UserError, match=re.escape(message)):
+            program["main"]()
