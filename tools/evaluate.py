@@ -402,7 +402,7 @@ def draw_needles(plt: Any, results: list[Result]) -> Any:
 
 
 def draw_copies(plt: Any, results: list[Result]) -> Any:
-    """Draw the loss of the copies by distance: a row of panels for each length, dashed without a first occurrence."""
+    """Draw the loss of copies by distance: a row of panels for each length, dashed where nothing came before."""
     lengths = sorted({cell["length"] for cell in results[0]["copy"]})
     figure, panels = plt.subplots(
         len(lengths), 2, figsize=(9, 1 + 3 * len(lengths)), layout="constrained", squeeze=False, sharey="row"
@@ -418,7 +418,8 @@ def draw_copies(plt: Any, results: list[Result]) -> Any:
                 axes.plot(apart, [c["without"] for c in cells], "--", color=f"C{index}", linewidth=1)
             axes.set_title(f"{titles[kind]}, rows of {length}", fontsize=10)
             on_two_powers(axes, "distance (tokens)")
-            axes.set_ylim(bottom=0)
+        highest = max(cell[name] for result in results for cell in result["copy"] for name in ("again", "without"))
+        row[0].set_ylim(0, 1.05 * highest)
         row[0].set_ylabel("loss of the copy (nats per token)")
         row[0].legend()
     return figure

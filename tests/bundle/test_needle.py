@@ -126,9 +126,11 @@ def test_a_case_depends_on_its_seed_and_length_alone() -> None:
     random, passage = (copy_rows(make_text(), kind, 200, seed=5) for kind in kinds)
     assert (copy_rows(make_text(), "passage", 200, seed=5) == passage).all()
     assert (random[0, :-COPY] == passage[0, :-COPY]).all(), "the same text around both"
-    whole = ",".join(map(str, stream(make_text()) * 2))
-    assert ",".join(map(str, passage[0, -COPY:])) in whole
-    assert ",".join(map(str, random[0, -COPY:])) not in whole
+    whole = stream(make_text()) * 2
+    at = next(i for i in range(len(whole)) if whole[i : i + COPY] == passage[0, -COPY:].tolist())
+    text = passage[0, 1:-COPY].tolist()
+    assert whole[at + 2 * COPY : at + 2 * COPY + len(text)] == text, "the passage does not lead into the text"
+    assert ",".join(map(str, random[0, -COPY:])) not in ",".join(map(str, whole))
 
 
 def test_distances_are_those_of_the_copies() -> None:
@@ -168,6 +170,24 @@ def test_a_model_that_sees_far_enough_copies(kind: Kind) -> None:
         for i, cell in enumerate(cells):
             assert cell.first == pytest.approx(uniform) and cell.without == pytest.approx(uniform)
             assert cell.again == pytest.approx(uniform / (COPY - 1) if i < n_copied else uniform, abs=1e-5)
+
+
+def test_the_same_tokens_of_both_occurrences_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+
+    def noted(model: Decoder, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        seen.extend([rows, columns])
+        return score(model, rows, columns)
+
+    monkeypatch.setattr("megakexue.bundle.needle.score", noted)
+    cells = copies(Finder(2, 200), make_text(), kind="random", length=200, seeds=range(2))
+    rows, columns = seen
+    n = COPY - 1
+    for i, (row, places) in enumerate(zip(rows, columns, strict=True)):
+        assert places[n:].tolist() == list(range(201 - n, 201))
+        assert (row[places[:n]] == row[places[n:]]).all()
+        distance = i % (len(cells) + 1) and cells[i % (len(cells) + 1) - 1].distance
+        assert (places[n:] - places[:n] == distance).all()
 
 
 EXTENDED: dict[str, dict[str, Any]] = {
