@@ -14,7 +14,7 @@ import numpy as np
 from megakexue.config import require, run_program
 from megakexue.files import read_json
 from megakexue.run.records import ValidationRecord, read_metrics
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer_files import find_tokenizer, load_tokenizer
 
 MARGIN = 0.5  # nats below the unigram entropy
 N_TOKENS = 8  # of a prompt
@@ -22,7 +22,7 @@ N_TOKENS = 8  # of a prompt
 
 def prompts(data: Path) -> list[str]:
     """The beginnings of the first and the last document in the first shard of the validation rows, in any language."""
-    tokenizer = Tokenizer(data / "tokenizer.model")
+    tokenizer = load_tokenizer(find_tokenizer(data))
     split = data / "valid"
     shard = read_json(split / "index.json", "the index of the validation rows")["shards"][0]
     stored = (split / shard["raw_data"]["basename"]).read_bytes()

@@ -463,7 +463,7 @@ class StageConfig:
 class DataConfig:
     sources: list[SourceConfig]
     tokenizer: Place
-    """Path of the tokenizer.model that the sources were prepared with. Its hash is checked."""
+    """Path of the tokenizer.model or tokenizer.json that the sources were prepared with. Its hash is checked."""
     seq_len: int
     """Tokens in a row that the model sees: the row length that tools/prepare_data.py was given, or a divisor of it, so
     that a prepared row makes several."""

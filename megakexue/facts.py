@@ -46,7 +46,11 @@ def host_facts(config: Config) -> dict[str, str]:
     """What must be equal on all hosts, as this one has it. A file that is missing here has the value `missing`."""
     folders = [source.path for source in config.data.sources if not source.is_remote]
     files = {f"data {folder}": Path(folder, "manifest.json") for folder in folders}
-    files[f"tokenizer {config.data.tokenizer}"] = Path(config.data.tokenizer)
+    files[f"tokenizer {config.data.tokenizer}"] = tokenizer = Path(config.data.tokenizer)
+    if tokenizer.suffix == ".json":  # its marks are named beside it
+        files[f"tokenizer {tokenizer.with_name('tokenizer_config.json')}"] = tokenizer.with_name(
+            "tokenizer_config.json"
+        )
     if config.train.init_from:
         files[f"bundle {config.train.init_from}"] = Path(config.train.init_from, "manifest.json")
     return (

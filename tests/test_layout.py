@@ -26,9 +26,10 @@ FOLDERS = {
 LEVELS = {
     "": [{"config"}, {"files", "hosts"}, {"facts", "launcher"}, {"dist", "doctor"}],
     "text": [
-        {"tokenizer", "manifest", "inputs", "duplicates", "pack", "shards", "progress"},
-        {"ledger"},
-        {"prepare"},
+        {"tokenizer", "inputs", "duplicates", "pack", "shards", "progress"},
+        {"ledger", "tokenizer_json"},
+        {"tokenizer_files"},
+        {"manifest", "prepare"},
     ],
     "core": [
         {"device", "axes", "sequence", "recompute"},
@@ -58,6 +59,7 @@ OWNERS = {
     "yaml": {"config"},
     "sentencepiece": {"text.tokenizer"},
     "google": {"text.tokenizer"},
+    "tokenizers": {"text.tokenizer_json"},
     "streaming": {"run.source"},
     "xxhash": {"text.duplicates", "text.shards"},
     "pyarrow": {"text.inputs"},

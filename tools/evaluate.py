@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakexue.config import DataConfig, SourceConfig, UserError, as_integer, as_number, require, run_program
-from megakexue.files import require_new_file, sha256, write_whole
+from megakexue.files import require_new_file, write_whole
 from megakexue.text.manifest import Manifest, read_manifest
+from megakexue.text.tokenizer_files import tokenizer_sha256
 
 if TYPE_CHECKING:
     from megakexue.bundle.bundle import Bundle
@@ -173,11 +174,11 @@ def open_bundles(args: argparse.Namespace) -> "tuple[list[Bundle], Manifest]":
     bundles, manifest = [Bundle(folder) for folder in args.bundles], read_manifest(args.data)
     for bundle in bundles:
         bundle.load_tokenizer()  # refuses one that is not of these weights
-        digest = sha256(bundle.tokenizer)
+        digest = tokenizer_sha256(bundle.tokenizer)
         require(
             manifest.tokenizer_sha256 == digest,
             f"{args.data} was prepared with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}) than that of "
-            f"{bundle.folder} ({digest[:12]}): prepare the data with {bundle.folder}/tokenizer.model",
+            f"{bundle.folder} ({digest[:12]}): prepare the data with {bundle.tokenizer}",
         )
     require(
         manifest.n_rows(args.split) > 0,

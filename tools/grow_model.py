@@ -22,6 +22,7 @@ from megakexue.config import (
 )
 from megakexue.files import sha256, temporary_folder
 from megakexue.text.manifest import check_inputs
+from megakexue.text.tokenizer_files import tokenizer_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +124,7 @@ def main() -> None:
 
     source = open_source(args.source, args.step)
     require(
-        sha256(source.tokenizer) == sha256(config.data.tokenizer),
+        tokenizer_sha256(source.tokenizer) == tokenizer_sha256(config.data.tokenizer),
         f"data.tokenizer={config.data.tokenizer} is not the tokenizer of {args.source}, so its ids mean other text: "
         f"prepare the data with {source.tokenizer}",
     )

@@ -25,6 +25,10 @@ example, a tokenizer and data for a first run:
 then in the YAML of the run:
   data: {tokenizer: data/first/tokenizer.model, seq_len: 1024, sources: [{path: data/first}]}
 
+A tokenizer of others is its tokenizer.json, with tokenizer_config.json beside it, or its sentencepiece tokenizer.model.
+Some of them change text (to NFC, for instance): the documents that do not come back byte for byte are kept, counted,
+and listed in skipped.tsv too.
+
 The rows do not depend on --processes. A run that is killed leaves nothing under --out: start it again.
 """
 
@@ -34,7 +38,12 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="file, folder or quoted glob")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="model file of tools/train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        type=Path,
+        help="model file of tools/train_tokenizer.py, or tokenizer.json of another model",
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
     parser.add_argument(
         "--seq-len",
@@ -83,13 +92,25 @@ def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
             + ("" if entropy is None else f", unigram entropy {entropy:.4f} nats")
         )
     lines += report(manifest)
-    if manifest["skipped"]:
-        lines.append(f"all that was skipped is listed in {out}/skipped.tsv")
+    if manifest["round_trip"]["measured"]:
+        lines += round_trip(manifest)
+    if manifest["skipped"] or manifest["round_trip"]["changed"]:
+        lines.append(f"all that was skipped or changed is listed in {out}/skipped.tsv")
     for name, split in manifest["splits"].items():
         if name.endswith("valid") and split["documents"] == 0 and manifest["valid_fraction"] > 0:
             lines.append(f"warning: no document fell into the {name} split; raise --valid-fraction")
     lines.append(f"padding {manifest['padding_share']:.2%}; written to {out} in {seconds:.0f} s")
     return "\n".join(lines)
+
+
+def round_trip(manifest: dict[str, Any]) -> list[str]:
+    """Return the lines that say how many documents a tokenizer of others changes."""
+    documents = sum(split["documents"] for split in manifest["splits"].values())
+    changed, paths = manifest["round_trip"]["changed"], manifest["round_trip"]["paths"]
+    if not changed:
+        return [f"round trip: all {documents:,} documents come back from their tokens byte for byte"]
+    said = f"{changed:,} of {documents:,} documents ({changed / documents:.2%}) do not come back byte for byte"
+    return [f"round trip: {said}, such as {paths[0]}", *(f"    {path}" for path in paths[1:])]
 
 
 def main() -> None:

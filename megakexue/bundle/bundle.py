@@ -4,7 +4,7 @@
       config.yaml              the model section, resolved, and the lineage
       model.safetensors        parameters by name; above SHARD_BYTES several files and model.safetensors.index.json
       optimizer.safetensors    if wanted, its state by kind/name; likewise
-      tokenizer.model
+      tokenizer.model          or tokenizer.json and tokenizer_config.json
       manifest.json            sha256 and size of each file; written last
 
 Pretraining, growth, finetuning, generation and conversion all start from one, and know nothing of DeepSpeed.
@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,8 @@ from megakexue.core.resolve import resolve
 from megakexue.core.segments import Segment
 from megakexue.files import LOCK, new_folder, require_writable, seal, verify, write_json
 from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer_files import JSON, MODEL, copy_tokenizer, load_tokenizer
+from megakexue.text.tokenizer_json import CONFIG
 
 SHARD_BYTES = 2 * 2**30
 """Of a file; writing one takes twice as much memory."""
@@ -94,7 +95,7 @@ def write_bundle(
                 content["optimizer"] = dataclasses.asdict(optimizer)
             content["lineage"] = lineage
             (folder / "config.yaml").write_text(to_yaml(content), encoding="utf-8")
-            shutil.copyfile(tokenizer, folder / "tokenizer.model")
+            copy_tokenizer(tokenizer, folder)
             files = {path.name: seal(path) for path in sorted(folder.iterdir()) if path.name != LOCK}
             write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
             seal(folder / "manifest.json")
@@ -175,10 +176,11 @@ class Bundle:
         self.folder = Path(folder)
         require(is_bundle(self.folder), f"{folder} is no bundle: make one with tools/export_model.py")
         names = verify(self.folder, FORMAT, check_hashes=check_hashes)
-        for name in ("config.yaml", "tokenizer.model"):
+        tokenizer = [JSON, CONFIG] if JSON in names else [MODEL]
+        for name in ("config.yaml", *tokenizer):
             require(name in names, f"{folder}: manifest.json does not name {name}: copy the folder again")
         self.config, self.lineage, self.optimizer = _read_config(self.folder / "config.yaml")
-        self.tokenizer = self.folder / "tokenizer.model"
+        self.tokenizer = self.folder / tokenizer[0]
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name in names:
@@ -207,7 +209,7 @@ class Bundle:
 
     def load_tokenizer(self) -> Tokenizer:
         """Open the tokenizer. Raises UserError: it is none, or has more pieces than the model has embeddings."""
-        tokenizer = Tokenizer(self.tokenizer)
+        tokenizer = load_tokenizer(self.tokenizer)
         require(
             tokenizer.vocab_size <= self.config.vocab_size,
             f"{self.tokenizer} has {tokenizer.vocab_size} pieces and the model a vocab_size of "

@@ -175,7 +175,7 @@ def complete(
     options = {"stop_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size} | options
     for tokens in generate(model, prompts, **options):
         yield [
-            None if token is None else decoder.decode(tokenizer.decode_bytes([token]))
+            None if token is None else decoder.decode(tokenizer.piece(token))
             for token, decoder in zip(tokens, decoders, strict=True)
         ]
 

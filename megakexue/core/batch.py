@@ -3,7 +3,7 @@
 A row of t + 1 tokens gives t inputs and t targets. A document begins at each BOS, at the start of each row (which may
 cut through a document), and at the padding that ends a row.
 
-What must stay true: no target is BOS or PAD; positions restart exactly where `cu_seqlens` has a boundary, so that
+What must stay true: no target is a BOS or PAD; positions restart exactly where `cu_seqlens` has a boundary, so that
 attention, RoPE and log n see the same documents.
 """
 
@@ -31,7 +31,8 @@ class Batch:
 
     tokens: Int64[Tensor, "b u"]
     targets: Int64[Tensor, "b u"]
-    """The next token; IGNORED where that is PAD, or a BOS, which no document can predict."""
+    """The next token; IGNORED where that is PAD, or a BOS, which no document can predict. EOS is a target, also where
+    it is the same id."""
     positions: Int64[Tensor, "b t"]
     """They restart at 0 at each document, at each row, and at the padding that ends a row. Of all tokens of the rows,
     also in a `part`; else u = t."""
@@ -56,15 +57,25 @@ class Batch:
         return replace(self, tokens=tokens, targets=targets, n_targets=int((targets != IGNORED).sum()))
 
 
-def make_batch(rows: Int64[np.ndarray, "b t1"], samples: list[Position], *, bos_id: int, pad_id: int) -> Batch:
+def make_batch(
+    rows: Int64[np.ndarray, "b t1"], samples: list[Position], *, bos_id: int, pad_id: int, eos_id: int | None = None
+) -> Batch:
     """Return rows of t1 = t + 1 tokens as inputs and targets, with the documents in them.
 
-    `samples`: of the first rows; the rows after them hold PAD alone.
+    Args:
+        samples: of the first rows; the rows after them hold PAD alone.
+        eos_id: matters where it is BOS or PAD too (megakexue/text/pack.py). Then it is EOS after a token of a text,
+            and so a target.
     """
     tokens, following = rows[:, :-1], rows[:, 1:]
     b, t = tokens.shape
-    targets = np.where((following == pad_id) | (following == bos_id), IGNORED, following)
+    is_ignored = (following == pad_id) | (following == bos_id)
+    if eos_id in (bos_id, pad_id):
+        is_ignored &= (following != eos_id) | (tokens == eos_id) | (tokens == pad_id)
+    targets = np.where(is_ignored, IGNORED, following)
     is_start = tokens == bos_id
+    if eos_id == bos_id:
+        is_start[:, 1:] &= is_start[:, :-1]
     is_start[:, 1:] |= (tokens[:, 1:] == pad_id) & (tokens[:, :-1] != pad_id)
     is_start[:, 0] = True
     column = np.arange(t)

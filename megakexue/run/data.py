@@ -127,7 +127,7 @@ class Batches:
         manifests = [source.manifest for source in opened]
         special = {(manifest.bos_id, manifest.eos_id, manifest.pad_id) for manifest in manifests}
         require(len(special) == 1, f"data.sources: (bos_id, eos_id, pad_id) differ: {sorted(special)}: prepare again")
-        self.bos_id, _, self.pad_id = special.pop()
+        self.bos_id, self.eos_id, self.pad_id = special.pop()
         self.vocab_size = max(manifest.vocab_size for manifest in manifests)
 
         sizes = [source.n_rows for source in self.sources]
@@ -252,7 +252,7 @@ class Batches:
         if seq_len < self.seq_len:
             cut = np.lib.stride_tricks.sliding_window_view(rows, seq_len + 1, axis=1)[:, ::seq_len]
             rows, samples = cut.copy().reshape(-1, seq_len + 1), [s for s in samples for _ in range(cut.shape[1])]
-        return make_batch(rows, samples, bos_id=self.bos_id, pad_id=self.pad_id)
+        return make_batch(rows, samples, bos_id=self.bos_id, eos_id=self.eos_id, pad_id=self.pad_id)
 
     def _take(self) -> Batch:
         """Return the next micro-batch, as soon as the reader has it."""

@@ -17,6 +17,7 @@ from megakexue.core.segments import Segment
 from megakexue.files import verify
 from megakexue.run import checkpoint
 from megakexue.run.state import TRAINER, TrainerState
+from megakexue.text.tokenizer_files import find_tokenizer
 
 
 def export_run(
@@ -57,8 +58,9 @@ class RunCheckpoint:
     """
 
     def __init__(self, run: Path, step: int | None = None) -> None:
-        for name in ("config.yaml", "tokenizer.model"):
-            require((run / name).is_file(), f"{run} is no run folder: it has no {name}")
+        self.tokenizer = find_tokenizer(run)
+        for path in (run / "config.yaml", self.tokenizer):
+            require(path.is_file(), f"{run} is no run folder: it has no {path.name}")
         folders = checkpoint.step_folders(run / "checkpoints")
         require(bool(folders), f"{run} has no checkpoint yet: train on, or lower checkpoint.every_steps")
         if step is not None:
@@ -73,7 +75,6 @@ class RunCheckpoint:
         state = TrainerState.read(folder)
         where = str(folder / TRAINER)
         self.config = build(ResolvedModel, state.config["model"], where=where)
-        self.tokenizer = run / "tokenizer.model"
         optim = {key: state.config["optim"].get(key) for key in ("name", "embedding")}
         self.optimizer: OptimizerInfo | None = build(OptimizerInfo, optim | {"n_updates": state.n_updates}, where)
         self.lineage = {

@@ -4,7 +4,7 @@ run/
   config.yaml        the merged config as used, scales resolved
   source.txt         commit of the code, and a hash of how it differs from it
   deepspeed.json     what DeepSpeed was given
-  tokenizer.model    a copy
+  tokenizer.model    a copy; or tokenizer.json and tokenizer_config.json
   lock               held while a process trains here; says which
   metrics.jsonl      a record for each step (megakexue/run/records.py)
   tensorboard/
@@ -31,6 +31,7 @@ from megakexue import __version__, dist
 from megakexue.config import ResolvedConfig, UserError, require, to_yaml
 from megakexue.files import WITHOUT_LOCKS, json_text, lock, write_whole, writing
 from megakexue.run.records import read_metrics
+from megakexue.text.tokenizer_files import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("megakexue", "launch", "tools", "configs")
@@ -140,7 +141,7 @@ def describe_run(run: Path, config: ResolvedConfig, deepspeed_config: dict[str, 
     write_whole(run / "config.yaml", to_yaml(config))
     write_whole(run / "source.txt", source + "\n")
     write_whole(run / "deepspeed.json", json_text(deepspeed_config))
-    write_whole(run / "tokenizer.model", Path(config.data.tokenizer).read_bytes())  # which may be this very file
+    copy_tokenizer(config.data.tokenizer, run)
 
 
 def check_not_lost(run: Path, folder: Path | None, ranks: dist.Ranks) -> None:

@@ -17,6 +17,7 @@ from megakexue.run import checkpoint
 from megakexue.run.data import Batches
 from megakexue.run.engine import Engine
 from megakexue.run.state import Differences, TrainerState, differences, plain, shown
+from megakexue.text.tokenizer_files import find_tokenizer, tokenizer_sha256
 
 HARMLESS = (
     "train.run", "train.stop_at_step", "train.accept_changes", "train.micro_batch_size", "train.seed",
@@ -51,8 +52,8 @@ def start_run(folder: Path | None, engine: Engine, config: ResolvedConfig, data:
         UserError: the checkpoint or the bundle does not fit the config.
     """
     own = TrainerState(
-        guard=engine.guard.state, data=data.fingerprint, tokenizer=sha256(config.data.tokenizer), config=plain(config),
-        source=source, world_size=engine.ranks.world_size,
+        guard=engine.guard.state, data=data.fingerprint, tokenizer=tokenizer_sha256(config.data.tokenizer),
+        config=plain(config), source=source, world_size=engine.ranks.world_size,
     )  # fmt: skip
     if folder is None:
         origin, bundle = _start_weights(engine, config, data)
@@ -93,7 +94,7 @@ def check_resume(old: TrainerState, own: TrainerState, config: ResolvedConfig) -
     require(
         old.tokenizer == own.tokenizer,
         f"{where}: its checkpoint was trained with another tokenizer than data.tokenizer={config.data.tokenizer}, so "
-        f"the ids mean other text: use {config.train.run}/tokenizer.model and data made with it",
+        f"the ids mean other text: use {find_tokenizer(Path(config.train.run))} and data made with it",
     )
     of_steps = [_row_lengths(state.config["data"], old.step) for state in (old, own)]
     require(
@@ -170,7 +171,7 @@ def _start_weights(engine: Engine, config: ResolvedConfig, data: Batches) -> tup
     bundle = Bundle(config.train.init_from, check_hashes=engine.ranks.is_first)
     _check_init(bundle, config.model)
     require(
-        sha256(bundle.tokenizer) == sha256(config.data.tokenizer),
+        tokenizer_sha256(bundle.tokenizer) == tokenizer_sha256(config.data.tokenizer),
         f"data.tokenizer={config.data.tokenizer} is not the tokenizer of train.init_from={bundle.folder}, so its ids "
         f"mean other text: prepare the data with {bundle.tokenizer}",
     )

@@ -88,13 +88,18 @@ class Ledger:
         of_source[reason] = of_source.get(reason, 0) + 1
         entry = self.skipped.setdefault(reason, {"count": 0, "paths": []})
         entry["count"] += 1
-        path = block.path if block.span is not None else block.paths[index]
-        name = printable(path) + (f":{self._n_lines + index + 1}" if block.span is not None else "")
+        name = self._name(block, index, self._n_lines)
         if len(entry["paths"]) < MAX_SHOWN:
             entry["paths"].append(name)
         self._n_named[reason] += block.span is not None
         if self._list_file and self._n_named[reason] <= MAX_LINES:
             self._list_file.write(f"{reason}\t{name}\n")
+
+    def _name(self, block: Block, index: int, n_lines: int) -> str:
+        """Name a path or a line of a block, before which its file has `n_lines`."""
+        if block.span is None:
+            return printable(block.paths[index])
+        return f"{printable(block.path)}:{n_lines + index + 1}"
 
     def total(self, key: str) -> int:
         return sum(source[key] for source in self.sources)

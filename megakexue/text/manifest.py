@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megakexue.config import BOUND, Config, build, require
-from megakexue.files import read_json, sha256
+from megakexue.files import read_json
+from megakexue.text.tokenizer_files import find_tokenizer, tokenizer_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,11 @@ def rows_divided(manifest: Manifest, folder: str | Path, seq_len: int) -> int:
 
 def check_tokenizer(manifest: Manifest, folder: str | Path, tokenizer: str) -> None:
     """Refuse data that was not prepared with `data.tokenizer`. Raises UserError."""
-    digest = sha256(tokenizer)
+    digest = tokenizer_sha256(tokenizer)
     require(
         manifest.tokenizer_sha256 == digest,
         f"data.tokenizer={tokenizer} is not the tokenizer that {folder} was prepared with (sha256 {digest[:12]}, not "
-        f"{manifest.tokenizer_sha256[:12]}): use {folder}/tokenizer.model or prepare again",
+        f"{manifest.tokenizer_sha256[:12]}): use {find_tokenizer(Path(folder))} or prepare again",
     )
 
 

@@ -2,6 +2,9 @@
 
 A document is BOS, its tokens, EOS. A row alone tells where its documents start: at each BOS, which no text encodes to,
 and at its first token. Free places at the end of a row hold PAD.
+
+Where a tokenizer has one mark for both, BOS is EOS: of two in a row, the first ends a document and the second begins
+one. Where it has no other mark at all, PAD is that one too.
 """
 
 import itertools
@@ -26,6 +29,7 @@ class Concat:
     def __init__(self, seq_len: int, dtype: np.dtype, pad_id: int) -> None:
         self.seq_len, self.pad_id = seq_len, pad_id
         self.rest = np.empty(0, dtype)
+        self.n_padding = 0
 
     def add(self, tokens: np.ndarray) -> np.ndarray:
         """Take whole documents and return the rows that are full, (rows, seq_len + 1)."""
@@ -40,6 +44,7 @@ class Concat:
         """Return the last row, padded, or no row if every token has been a target: (0 or 1, seq_len + 1)."""
         rows = np.full((int(len(self.rest) > 1), self.seq_len + 1), self.pad_id, self.rest.dtype)
         rows[:, : len(self.rest)] = self.rest
+        self.n_padding += len(rows) * (self.seq_len + 1 - len(self.rest))
         return rows
 
 
@@ -50,8 +55,10 @@ class BestFit:
     no BOS to mark its start, so it always begins a row; shorter documents may follow it.
     """
 
-    def __init__(self, seq_len: int, dtype: np.dtype, bos_id: int, pad_id: int) -> None:
-        self.row_len, self.dtype, self.bos_id, self.pad_id = seq_len + 1, dtype, bos_id, pad_id
+    def __init__(self, seq_len: int, dtype: np.dtype, bos_id: int, eos_id: int, pad_id: int) -> None:
+        self.row_len, self.dtype = seq_len + 1, dtype
+        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.n_padding = 0
         self._empty()
 
     def _empty(self) -> None:
@@ -62,7 +69,10 @@ class BestFit:
 
     def add(self, tokens: np.ndarray) -> np.ndarray:
         """Take whole documents and return the rows of the buffer if it is full, (rows, seq_len + 1)."""
-        borders = [*np.flatnonzero(tokens == self.bos_id).tolist(), len(tokens)]
+        is_start = tokens == self.bos_id
+        if self.bos_id == self.eos_id:
+            is_start[1:] &= is_start[:-1]
+        borders = [*np.flatnonzero(is_start).tolist(), len(tokens)]
         for begin, end in itertools.pairwise(borders):
             place = self.documents
             while end - begin > self.row_len:
@@ -101,5 +111,6 @@ class BestFit:
         for row, pieces in zip(rows, bins):
             joined = np.concatenate(pieces)
             row[: len(joined)] = joined
+            self.n_padding += len(row) - len(joined)
         self._empty()
         return rows

@@ -1,6 +1,6 @@
 """Turn text into the token rows that training streams: read, drop duplicates, tokenise, pack, write shards.
 
-A folder of prepared data holds manifest.json, tokenizer.model and the splits train/ and valid/, which are MDS shards.
+A folder of prepared data holds manifest.json, its tokenizer and the splits train/ and valid/, which are MDS shards.
 With `split_by_length` there are two, short/ and long/, so that a run can give a weight to each.
 
 What must stay true:
@@ -9,7 +9,7 @@ What must stay true:
   (The exception is subword sampling, which draws other segmentations each time.)
 - The split of a document depends on its bytes alone, so it never moves between train and valid.
 - Nothing is lost in silence: a document is in a split, or a duplicate, or skipped for a reason that is counted and
-  listed.
+  listed. A document that its tokenizer changes is kept, counted and listed.
 - The folder appears under its name only when it is complete.
 
 Who does what: the parent process cuts the inputs into blocks, drops duplicates and packs. The workers read, check and
@@ -24,11 +24,11 @@ import os
 import shutil
 import signal
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -36,11 +36,12 @@ from megakexue.config import UserError, require
 from megakexue.files import new_folder, seal
 from megakexue.text.duplicates import in_valid
 from megakexue.text.inputs import Block, check_inputs, cut_into_blocks, find_files, read_block
-from megakexue.text.ledger import Contents, Ledger
+from megakexue.text.ledger import MAX_LINES, MAX_SHOWN, Contents, Ledger
 from megakexue.text.pack import BestFit, Concat, row_dtype
 from megakexue.text.progress import Progress
 from megakexue.text.shards import ShardWriter
 from megakexue.text.tokenizer import Tokenizer, set_sample_seed
+from megakexue.text.tokenizer_files import copy_tokenizer, load_tokenizer
 
 FORMAT = 1
 PIECE_BYTES = 1 << 22
@@ -104,19 +105,19 @@ def prepare(
     tokenizer_path, out = Path(tokenizer_path), Path(out)
     processes = len(os.sched_getaffinity(0)) if processes is None else processes
     require(processes >= 1, f"--processes {processes} must be at least 1")
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     bytes_total = check(inputs, tokenizer, out, args, overwrite)
     with new_folder(out) as folder:
-        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        copy = copy_tokenizer(tokenizer_path, folder)
         for name in ("spool", *args.parts):
             (folder / name).mkdir(exist_ok=True)
         blocks = cut_into_blocks(find_files(inputs), folder / "spool", args.text_key)
         with open(folder / "skipped.tsv", "w", encoding="utf-8") as list_file:
-            ledger = SplitLedger(inputs, list_file, args, tokenizer.bos_id)
+            ledger = SplitLedger(inputs, list_file, args, tokenizer)
             splits = {name: Split(folder / name, args, tokenizer) for name in ledger.splits}
-            with Workers(processes, folder / "tokenizer.model", args) as workers:
-                for block, tokens in tokenise_in_order(blocks, workers, ledger.judge):
-                    for name, documents in ledger.add_packed(block, tokens).items():
+            with Workers(processes, copy, args) as workers:
+                for block, tokenised in tokenise_in_order(blocks, workers, ledger.judge):
+                    for name, documents in ledger.add_packed(block, tokenised).items():
                         splits[name].add(documents)
                     so_far = ledger.bytes_done, bytes_total, ledger.total("documents"), ledger.total("tokens")
                     on_progress(Progress(*so_far))
@@ -130,7 +131,7 @@ def prepare(
             path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
             seal(path)
             if part:
-                shutil.copyfile(tokenizer_path, folder / part / "tokenizer.model")
+                copy_tokenizer(tokenizer_path, folder / part)
     return make_manifest(tokenizer, args, entries, ledger)
 
 
@@ -138,8 +139,8 @@ def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArgum
     """Check what can be checked before hours of work. Return the bytes of all input files. Raises UserError."""
     require(
         args.sample_alpha is None or tokenizer.is_unigram,
-        f"--sample-alpha {args.sample_alpha} needs a unigram tokenizer, and {tokenizer.path} is BPE: "
-        "train a unigram one, or leave --sample-alpha out",
+        f"--sample-alpha {args.sample_alpha} needs a unigram sentencepiece model, and {tokenizer.path} is none: "
+        "train one, or leave --sample-alpha out",
     )
     if out.exists():
         require(overwrite, f"--out {out} exists: choose another, or add --overwrite")
@@ -150,7 +151,7 @@ def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArgum
 
 
 def make_manifest(
-    tokenizer: Tokenizer, args: PrepareArguments, splits: dict[str, dict[str, Any]], ledger: Ledger
+    tokenizer: Tokenizer, args: PrepareArguments, splits: dict[str, dict[str, Any]], ledger: "SplitLedger"
 ) -> dict[str, Any]:
     """Return what manifest.json says; `splits` holds the entry of each split."""
     n_places = args.seq_len * sum(entry["rows"] for entry in splits.values())
@@ -160,17 +161,28 @@ def make_manifest(
         "dtype": row_dtype(tokenizer.vocab_size).name,
         **dataclasses.asdict(args),
         "splits": splits,
+        "round_trip": {"measured": not tokenizer.is_exact, **ledger.changed},
         "padding_share": sum(entry["padding"] for entry in splits.values()) / n_places,
         **ledger.facts,
     }  # fmt: skip
 
 
-class SplitLedger(Ledger):
-    """The ledger, which also counts the tokens and the splits of each part, and divides the documents among parts."""
+class Tokenised(NamedTuple):
+    """A block whose documents are tokens."""
 
-    def __init__(self, inputs: list[str], list_file: IO[str], args: PrepareArguments, bos_id: int) -> None:
+    splits: list[np.ndarray]
+    """Of the train and of the valid documents: BOS, tokens, EOS, BOS, tokens, EOS, ..."""
+    changed: list[int]
+    """The documents that do not come back byte for byte, by their index among those of the block."""
+
+
+class SplitLedger(Ledger):
+    """The ledger, which also counts the tokens and the splits of each part, divides the documents among parts, and
+    names those that do not come back."""
+
+    def __init__(self, inputs: list[str], list_file: IO[str], args: PrepareArguments, tokenizer: Tokenizer) -> None:
         super().__init__(inputs, list_file)
-        self.args, self._bos_id = args, bos_id
+        self.args, self._tokenizer = args, tokenizer
         for source in self.sources:
             source["tokens"] = 0
         names = [f"{part}/{split}".lstrip("/") for part in args.parts for split in ("train", "valid")]
@@ -178,18 +190,26 @@ class SplitLedger(Ledger):
         self._sizes: deque[tuple[np.ndarray, np.ndarray]] = deque()
         """Of the blocks that are judged and not packed: bytes of each training and validation document that is kept."""
 
+        self.changed: dict[str, Any] = {"changed": 0, "paths": []}
+        self._judged: deque[tuple[int, list[int]]] = deque()  # blocks not yet packed: lines before, those of documents
+        self._n_listed: Counter[str] = Counter()  # of the present file's documents that do not come back
+
     def judge(self, block: Block, contents: Contents) -> np.ndarray:
         keep = super().judge(block, contents)
+        n, faulty = len(contents.faults) + len(contents.sizes), {index for _, index in contents.faults}
+        self._judged.append((self._n_lines - n, [index for index in range(n) if index not in faulty]))
         valid = in_valid(contents.digests, self.args.valid_fraction)
         self._sizes.append((contents.sizes[keep & ~valid], contents.sizes[keep & valid]))
         return keep
 
-    def add_packed(self, block: Block, tokens: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Count the tokens of a block, which are one array for each split, and return them by part and split."""
+    def add_packed(self, block: Block, tokenised: Tokenised) -> dict[str, np.ndarray]:
+        """Count the tokens of a block, name its documents that do not come back; return tokens by part and split."""
         found = {}
-        for split, documents, sizes in zip(("train", "valid"), tokens, self._sizes.popleft()):
+        for split, documents, sizes in zip(("train", "valid"), tokenised.splits, self._sizes.popleft()):
             self.sources[block.source]["tokens"] += len(documents)
-            lengths = np.diff(np.flatnonzero(documents == self._bos_id), append=len(documents))
+            marks = np.flatnonzero(documents == self._tokenizer.bos_id)
+            starts = marks[::2] if self._tokenizer.bos_id == self._tokenizer.eos_id else marks
+            lengths = np.diff(starts, append=len(documents))
             for part in self.args.parts:
                 chosen = np.full(len(lengths), True)
                 if self.args.split_by_length is not None:
@@ -200,7 +220,21 @@ class SplitLedger(Ledger):
                 counted = {"tokens": len(found[name]), "documents": len(of_documents), "bytes": int(of_documents.sum())}
                 self.splits[name] = {key: n + counted[key] for key, n in self.splits[name].items()}
         self.bytes_done += block.size
+        self._name_changed(block, tokenised.changed)
         return found
+
+    def _name_changed(self, block: Block, changed: list[int]) -> None:
+        n_lines, places = self._judged.popleft()
+        if block.first or block.span is None:
+            self._n_listed.clear()
+        for index in changed:
+            name = self._name(block, places[index], n_lines)
+            self.changed["changed"] += 1
+            if len(self.changed["paths"]) < MAX_SHOWN:
+                self.changed["paths"].append(name)
+            self._n_listed[block.path] += block.span is not None
+            if self._list_file and self._n_listed[block.path] <= MAX_LINES:
+                self._list_file.write(f"changed\t{name}\n")
 
     def check_training(self) -> None:
         """Require something to train on in each part. Raises UserError."""
@@ -218,17 +252,18 @@ class Split:
     """One of train and valid: its packer, its shards, and how often each id is a target."""
 
     def __init__(self, folder: Path, args: PrepareArguments, tokenizer: Tokenizer) -> None:
-        self.bos_id, self.pad_id = tokenizer.bos_id, tokenizer.pad_id
+        self.bos_id, self.eos_id, self.pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
         dtype = row_dtype(tokenizer.vocab_size)
         self.packer: Concat | BestFit = Concat(args.seq_len, dtype, self.pad_id)
         if args.packing == "best_fit":
-            self.packer = BestFit(args.seq_len, dtype, self.bos_id, self.pad_id)
+            self.packer = BestFit(args.seq_len, dtype, self.bos_id, self.eos_id, self.pad_id)
         self.writer = ShardWriter(folder, args.seq_len + 1, dtype)
-        self.n_rows = 0
+        self.n_rows = self.n_ends = 0
         self.histogram = np.zeros(tokenizer.vocab_size, np.int64)  # of row[1:]
 
     def add(self, tokens: np.ndarray) -> None:
         """Pack whole documents, and write the rows that are full."""
+        self.n_ends += int(np.count_nonzero(tokens == self.eos_id)) // (2 if self.bos_id == self.eos_id else 1)
         self._write(self.packer.add(tokens))
 
     def _write(self, rows: np.ndarray) -> None:
@@ -244,15 +279,15 @@ class Split:
         frequencies alone reach; None without targets.
         """
         self._write(self.packer.finish())
-        padding = int(self.histogram[self.pad_id])
         self.histogram[[self.pad_id, self.bos_id]] = 0
+        self.histogram[self.eos_id] = self.n_ends  # which may be one of the two
         n_targets = int(self.histogram.sum())
         p = self.histogram[self.histogram > 0] / max(n_targets, 1)
         return {
             "rows": self.n_rows,
             **counts,
             "targets": n_targets,
-            "padding": padding,
+            "padding": self.packer.n_padding,
             "unigram_entropy_nats": float(p @ np.log(1 / p)) if n_targets else None,
             "index_sha256": self.writer.finish(),
         }
@@ -263,8 +298,8 @@ class Split:
 
 def tokenise_in_order(
     blocks: Iterator[Block], workers: "Workers", judge: Callable[[Block, Contents], np.ndarray]
-) -> Iterator[tuple[Block, list[np.ndarray]]]:
-    """Drive the workers: yield each block, in order, with the tokens of its documents as `tokenise` returns them.
+) -> Iterator[tuple[Block, Tokenised]]:
+    """Drive the workers: yield each block, in order, with the tokens of its documents.
 
     A worker reads its block and waits for the verdict of `judge`, which says what documents to keep, and which is asked
     block by block in order. Meanwhile the worker reads ahead: it holds up to `LOOKAHEAD` blocks.
@@ -272,7 +307,7 @@ def tokenise_in_order(
     numbered = enumerate(blocks)
     in_work: dict[int, tuple[Block, int]] = {}  # number -> block, its worker; until it is yielded
     read: dict[int, Contents] = {}  # not yet judged
-    tokenised: dict[int, list[np.ndarray]] = {}  # not yet yielded
+    tokenised: dict[int, Tokenised] = {}  # not yet yielded
     load = [0] * len(workers.pipes)  # blocks that each worker holds
     most = (LOOKAHEAD + 1) * len(load)  # in work at once: behind a slow block, tokens must not fill the memory
     n_judged = n_done = 0
@@ -362,7 +397,8 @@ def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which stops us
     where = "its start"
     try:
-        tokenizer = Tokenizer(tokenizer_path)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker would have a thread for each core
+        tokenizer = load_tokenizer(tokenizer_path)
         set_sample_seed(int.from_bytes(os.urandom(4), "little"))  # no two workers may draw the same stream
         held: dict[int, tuple[list[bytes], np.ndarray]] = {}
         while True:
@@ -378,7 +414,8 @@ def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> Non
                 keep = np.unpackbits(value, count=len(documents)).astype(bool)
                 kept = [text for text, wanted in zip(documents, keep) if wanted]
                 del documents
-                parent.send((number, tokenise(kept, digests[keep], tokenizer, args)))
+                splits, changed = tokenise(kept, digests[keep], tokenizer, args)
+                parent.send((number, Tokenised(splits, np.flatnonzero(keep)[changed].tolist())))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
     except UserError as error:
@@ -387,25 +424,26 @@ def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> Non
         parent.send((None, f"near {where}:\n{traceback.format_exc()}"))
 
 
-def tokenise(texts: list[bytes], digests: np.ndarray, tokenizer: Tokenizer, args: PrepareArguments) -> list[np.ndarray]:
-    """Return two arrays, the tokens of the train and of the valid documents: BOS, tokens, EOS, BOS, tokens, EOS, ...
-
-    With copies, each document comes once before the first comes again.
-    """
+def tokenise(texts: list[bytes], digests: np.ndarray, tokenizer: Tokenizer, args: PrepareArguments) -> Tokenised:
+    """Return the tokens of documents. With copies, each document comes once before the first comes again."""
     dtype = row_dtype(tokenizer.vocab_size)
     bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
     valid = in_valid(digests, args.valid_fraction)
-    splits = []
+    splits, changed = [], []
     for wanted, alpha in ((~valid, args.sample_alpha), (valid, None)):
         parts = [np.empty(0, dtype)]
         copies = args.copies if alpha is not None else 1
         for index in np.tile(np.flatnonzero(wanted), copies):
-            ids = [tokenizer.encode_array(piece, alpha).astype(dtype) for piece in pieces_of(texts[index])]
-            parts += [bos, *ids, eos]
+            pieces = enumerate(pieces_of(texts[index]))
+            ids = [tokenizer.encode_array(piece, alpha, is_start=i == 0) for i, piece in pieces]
+            if not tokenizer.is_exact and tokenizer.decode_bytes(np.concatenate(ids).tolist()) != texts[index]:
+                changed.append(int(index))
+            parts += [bos, *(part.astype(dtype) for part in ids), eos]
         tokens = np.concatenate(parts)
-        assert np.count_nonzero(tokens == bos) == copies * np.count_nonzero(wanted), "BOS inside a document"
+        n_marks = copies * np.count_nonzero(wanted) * (2 if bos == eos else 1)
+        assert np.count_nonzero(tokens == bos) == n_marks, "BOS inside a document"
         splits.append(tokens)
-    return splits
+    return Tokenised(splits, sorted(changed))
 
 
 def pieces_of(text: bytes) -> Iterator[bytes]:

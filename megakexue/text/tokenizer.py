@@ -1,10 +1,11 @@
-"""Text to token ids and back without losing a byte, on sentencepiece.
+"""What every tokenizer is, and sentencepiece models: text to token ids and back without losing a byte.
 
 `decode_bytes(encode(x)) == x` for every string and every byte string. sentencepiece alone does not give that, even with
 the identity normaliser. It writes a space as U+2581, so a U+2581 in the text comes back as a space, and it replaces
 invalid UTF-8. Here both are encoded as byte pieces, and decoding joins the bytes of the pieces instead of calling
 sentencepiece's decoder. Text never encodes to a control id (BOS, EOS, PAD, unknown): `<s>` in a document is three
-characters. A user symbol in the text always becomes its one id.
+characters. A user symbol in the text always becomes its one id. All other text gets the ids that sentencepiece gives.
+A model may put a space before each text (Llama 2, Mistral): it is put there here, once, and decoding takes it away.
 
 A long text is cut where no piece of the vocabulary can reach across the cut, so the segmentation of the whole is that
 of its parts. Without cuts, sentencepiece adds the scores of the whole text in float32. In megabytes of text, rounding
@@ -21,7 +22,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,27 +36,108 @@ SPACE = "▁"  # how sentencepiece writes a space
 CUT_CHARS = 4096  # of a part of a long text: the sum of its scores is so small that float32 resolves 0.002
 PROBE = " \t a  b\r\nＡﬁ①é\u3000\ufeff\0 " + SPACE  # text that a normaliser or a simple decoder would change
 
+Kind = Literal["unigram", "bpe"]
 Piece = ModelProto.SentencePiece
 SILENT = (Piece.CONTROL, Piece.UNKNOWN, Piece.BYTE)  # types of pieces whose name is not their text
 RESERVED = re.compile(r"\s|[▁▅\0]|^(<unk>|<s>|</s>|<pad>|<0x[0-9A-F]{2}>)$")  # a user symbol must not match
 # At most 1000 characters: the rest of the text, or up to a newline, or up to a space, or any.
 BLOCK = re.compile(r".{1,1000}\Z|.{0,999}\n|.{1,1000}(?= )|.{1,1000}", re.DOTALL)
 HELDOUT = 50  # one block in 50 measures the compression
-Kind = Literal["unigram", "bpe"]
+
+
+class Marks(NamedTuple):
+    """The ids that frame documents. No text encodes to one."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    @classmethod
+    def choose(cls, bos: int | None, eos: int | None, pad: int | None, unused: Sequence[int]) -> "Marks":
+        """Take what the tokenizer has. One mark serves for both ends of a document where it has no other.
+
+        `pad` is one of `unused`, the ids that no text encodes to: its own if it has one that is not at an end of
+        documents, else the first such id. Where there is none, EOS is also PAD.
+        """
+        first, last = (bos, eos) if bos is not None else (eos, eos)
+        last = first if last is None else last
+        assert first is not None and last is not None, "it has one of the two"
+        free = [i for i in unused if i not in (first, last)]
+        if pad is None or pad not in free:
+            pad = free[0] if free else last
+        return cls(first, last, pad)
 
 
 class Tokenizer:
-    """A trained sentencepiece model.
+    """Text to ids and back; `load_tokenizer` of megakexue/text/tokenizer_files.py opens one.
 
     Attributes:
-        sha256: hex digest of the model file; prepared data and bundles name their tokenizer by it.
+        sha256: hex digest of what decides the ids; prepared data and bundles name their tokenizer by it.
         vocab_size: number of ids, which are 0 to vocab_size - 1.
-        is_unigram: whether the model can `sample`.
+        bos_id, eos_id, pad_id: as `Marks`.
+        is_exact: whether all text comes back byte for byte; else it must be measured.
+        is_unigram: whether it can draw segmentations.
+    """
+
+    path: Path
+    sha256: str
+    is_exact: bool
+    is_unigram: bool
+
+    def _set(self, pieces: list[bytes], marks: Marks, *, has_prefix: bool) -> None:
+        """Keep the bytes of each id, none for a control id. `has_prefix`: a space stands before each text."""
+        self._bytes, self._has_prefix = pieces, has_prefix
+        self.vocab_size = len(pieces)
+        self.bos_id, self.eos_id, self.pad_id = marks
+
+    def encode_array(
+        self, text: str | bytes, alpha: float | None = None, *, is_start: bool = True
+    ) -> npt.NDArray[np.int32]:
+        """Return the ids of a text, never BOS, EOS or PAD.
+
+        Args:
+            alpha: draws a segmentation, as `SentencePiece.sample` says.
+            is_start: False: the text goes on from another, so nothing is put before it.
+
+        Raises:
+            UserError: a string has a lone surrogate that does not stand for a byte (PEP 383).
+        """
+        raise NotImplementedError
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Return the ids of the best segmentation, never BOS, EOS or PAD. `decode_bytes` is the inverse.
+
+        Raises:
+            UserError: as `encode_array`.
+        """
+        return self.encode_array(text).tolist()
+
+    def piece(self, index: int) -> bytes:
+        """Return the bytes of one id inside a text, none for a control id."""
+        return self._bytes[index]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of a text, none for a control id. Raises IndexError for an id out of range."""
+        ids = list(ids)
+        if ids and min(ids) < 0:
+            raise IndexError(f"token id {min(ids)} is negative")
+        data = b"".join([self._bytes[i] for i in ids])
+        return data.removeprefix(b" ") if self._has_prefix else data
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text. Bytes that are not UTF-8, such as half of a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+class SentencePiece(Tokenizer):
+    """A sentencepiece model: our own, or one of others that changes no text.
 
     Raises:
-        UserError: the file is missing or not a sentencepiece model; the model lacks BOS, EOS, PAD or byte pieces, or
-            changes text.
+        UserError: the file is missing or not a sentencepiece model; the model has neither BOS nor EOS, lacks byte
+            pieces, or changes text.
     """
+
+    is_exact = True
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -65,41 +147,37 @@ class Tokenizer:
         try:
             model = ModelProto.FromString(data)
             require(len(model.pieces) > 0, f"{path} is not a sentencepiece model: it has no pieces")
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+            has_prefix = model.normalizer_spec.add_dummy_prefix
+            model.normalizer_spec.add_dummy_prefix = False  # it would come before each part of a text
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         except (DecodeError, RuntimeError) as error:
             raise UserError(f"{path} is not a sentencepiece model: {' '.join(str(error).split())}") from error
-        self.vocab_size = len(model.pieces)
+        self._processor = processor
         self.is_unigram = model.trainer_spec.model_type == TrainerSpec.UNIGRAM
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        self.pad_id: int = self._processor.pad_id()
-        missing = [name for name in ("bos_id", "eos_id", "pad_id") if getattr(self, name) < 0]
+        bos, eos, pad = (None if i < 0 else i for i in (processor.bos_id(), processor.eos_id(), processor.pad_id()))
+        missing = ["BOS and no EOS"] if bos is None and eos is None else []
         self._byte_ids = {int(p.piece[3:5], 16): i for i, p in enumerate(model.pieces) if p.type == Piece.BYTE}
         if len(self._byte_ids) < 256:
             missing.append("byte pieces")
-        advice = "train it with tools/train_tokenizer.py"
-        require(not missing, f"{path} has no {', '.join(missing)}: {advice}")
+        advice = "take the tokenizer.json of the same model, or train one with tools/train_tokenizer.py"
+        require(not missing, f"{path} has no {', no '.join(missing)}: {advice}")
+        # no text becomes the unknown piece, because there are bytes
+        unused = [i for i, p in enumerate(model.pieces) if p.type in (Piece.UNKNOWN, Piece.CONTROL)]
 
         texts = ["" if p.type in SILENT else p.piece.replace(SPACE, " ") for p in model.pieces]
-        self._bytes = [text.encode() for text in texts]
+        pieces = [text.encode() for text in texts]
         for byte, i in self._byte_ids.items():
-            self._bytes[i] = bytes([byte])
+            pieces[i] = bytes([byte])
+        self._set(pieces, Marks.choose(bos, eos, pad, unused), has_prefix=has_prefix)
         # A cut between two characters is free when no piece contains them side by side.
         self._bonds = {text[i : i + 2] for text in texts for i in range(len(text) - 1)}
         symbols = {p.piece: i for i, p in enumerate(model.pieces) if p.type == Piece.USER_DEFINED}
         self._symbol_ids = {symbol: i for symbol, i in symbols.items() if SPACE not in symbol and " " not in symbol}
         self._marks = [SPACE, *sorted(self._symbol_ids, key=len, reverse=True)]
         self._special = re.compile("(" + "|".join(map(re.escape, self._marks)) + "|[\ud800-\udfff]+)")
-        exact = self.decode_bytes(self.encode(PROBE)) == PROBE.encode()
+        at_end = has_prefix and model.trainer_spec.treat_whitespace_as_suffix  # the space would come there
+        exact = self.decode_bytes(self.encode(PROBE)) == PROBE.encode() and not at_end
         require(exact, f"{path} changes text (a normaliser, or whitespace rules): {advice}")
-
-    def encode(self, text: str | bytes) -> list[int]:
-        """Return the ids of the best segmentation, never BOS, EOS or PAD. `decode_bytes` is the exact inverse.
-
-        Raises:
-            UserError: a string has a lone surrogate that does not stand for a byte (PEP 383). Bytes may be any.
-        """
-        return self.encode_array(text).tolist()
 
     def sample(self, text: str | bytes, alpha: float) -> list[int]:
         """Draw a segmentation of the text with probability proportional to exp(alpha * score) (9811).
@@ -112,8 +190,13 @@ class Tokenizer:
         """
         return self.encode_array(text, alpha).tolist()
 
-    def encode_array(self, text: str | bytes, alpha: float | None = None) -> npt.NDArray[np.int32]:
-        """Return the ids of `encode` or, with alpha, of `sample` as an array, without a Python integer for each."""
+    def encode_array(
+        self, text: str | bytes, alpha: float | None = None, *, is_start: bool = True
+    ) -> npt.NDArray[np.int32]:
+        """Return the ids of `encode` or, with alpha, of `sample` as an array, without a Python integer for each.
+
+        Bytes may be any.
+        """
         options: dict[str, Any] = {"return_type": "numpy"}
         if alpha is not None:
             require(
@@ -123,6 +206,8 @@ class Tokenizer:
             options |= {"enable_sampling": True, "nbest_size": -1, "alpha": alpha}
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
+        if self._has_prefix and is_start and text:
+            text = " " + text
         parts = [np.empty(0, np.int32)]
         for part in self._parts(text):
             ids = self._processor.encode(part, **options) if isinstance(part, str) else np.array(part, np.int32)
@@ -166,17 +251,6 @@ class Tokenizer:
             start = end
         if start < len(text):
             yield text[start:]
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes that the ids stand for, none for a control id. Raises IndexError for an id out of range."""
-        ids = list(ids)
-        if ids and min(ids) < 0:
-            raise IndexError(f"token id {min(ids)} is negative")
-        return b"".join([self._bytes[i] for i in ids])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text. Bytes that are not UTF-8, such as half of a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def set_sample_seed(seed: int) -> None:
@@ -264,7 +338,7 @@ def train_tokenizer(
     except RuntimeError as error:
         raise UserError(explain_failure(str(error), vocab_size)) from error
     Path(out).write_bytes(model.getvalue())
-    tokenizer = Tokenizer(out)
+    tokenizer = SentencePiece(out)
     n_tokens = sum(len(tokenizer.encode(block)) for block in heldout.blocks())
     return {
         "sha256": tokenizer.sha256, "vocab_size": vocab_size, "kind": kind,

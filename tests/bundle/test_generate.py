@@ -29,7 +29,7 @@ from megakexue.core.axes import parameter_names, shape
 from megakexue.core.batch import make_batch
 from megakexue.core.decoder import Cache, Decoder, initial_weight
 from megakexue.core.resolve import resolve
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer import SentencePiece, Tokenizer
 from tests.conftest import Prepared
 from tests.helpers import ROOT
 from tests.programs import run_without_torch
@@ -321,7 +321,7 @@ def write_chain(out: Path, prepared: Prepared, tokens: list[int]) -> Bundle:
 
 
 def test_characters_of_several_tokens_come_whole(prepared: Prepared, tmp_path: Path) -> None:
-    tokenizer = Tokenizer(prepared.tokenizer)
+    tokenizer = SentencePiece(prepared.tokenizer)
     bytes_of = {text: tokenizer.encode(text) for text in ("你", "🙂")}
     assert [len(ids) for ids in bytes_of.values()] == [3, 4]  # the vocabulary has no piece for them
     (plain,) = tokenizer.encode("x")
@@ -441,7 +441,7 @@ def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(bundle: Bun
 def test_the_program_shows_prompt_and_text(
     prepared: Prepared, tmp_path: Path, program_here: Callable[..., tuple[int, bytes, str]]
 ) -> None:
-    tokenizer = Tokenizer(prepared.tokenizer)
+    tokenizer = SentencePiece(prepared.tokenizer)
     (last,) = tokenizer.encode("x")
     chain = write_chain(tmp_path / "chain", prepared, [last, *tokenizer.encode("你🙂"), tokenizer.eos_id])
     code, stdout, stderr = program_here(chain.folder, "--prompt", "山x", "--greedy", "--n-tokens", "20")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megakexue.text.prepare import PrepareArguments
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer import SentencePiece, Tokenizer
 from tests.conftest import stdlib_files
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -86,6 +86,6 @@ def split_documents(stream: list[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def documents_in(out: Path, split: str = "train") -> list[str]:
-    tokenizer = Tokenizer(out / "tokenizer.model")
+    tokenizer = SentencePiece(out / "tokenizer.model")
     rows = rows_of(out / split)
     return split_documents(stream_of(rows, tokenizer.pad_id), tokenizer) if len(rows) else []

@@ -23,7 +23,7 @@ from megakexue.config import UserError
 from megakexue.text import inputs as module
 from megakexue.text.inputs import check_inputs, find_files, matches
 from megakexue.text.prepare import prepare
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer import SentencePiece
 from tests.text.helpers import TEXTS, arguments, documents_in, write_lines
 
 
@@ -77,7 +77,7 @@ def test_text_files_in_folders_and_globs_come_back_in_order(model: Path, corpus:
     assert list(sources) == inputs
     assert manifest["skipped"] == {"hidden": {"count": 2, "paths": hidden}}
     assert [source["documents"] for source in sources.values()] == [2, 4]
-    tokenizer = Tokenizer(model)
+    tokenizer = SentencePiece(model)
     for source, indices in zip(sources.values(), [(5, 4), (0, 1, 2, 3)]):
         assert source["bytes"] == sum(len(TEXTS[i].encode()) for i in indices)
         assert source["tokens"] == sum(len(tokenizer.encode(TEXTS[i])) + 2 for i in indices)

@@ -7,7 +7,7 @@ import pytest
 
 from megakexue.config import UserError
 from megakexue.text.manifest import check_inputs, read_manifest
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer import SentencePiece
 from tests.conftest import Prepared
 from tests.helpers import tiny_config
 
@@ -38,7 +38,7 @@ def test_inputs_that_do_not_fit(prepared: Prepared, tmp_path: Path) -> None:
 
 def test_a_manifest_is_read_as_it_was_written(prepared: Prepared) -> None:
     manifest = read_manifest(prepared.data)
-    tokenizer = Tokenizer(prepared.tokenizer)
+    tokenizer = SentencePiece(prepared.tokenizer)
     assert manifest.tokenizer_sha256 == tokenizer.sha256 and manifest.vocab_size == tokenizer.vocab_size == 512
     assert (manifest.bos_id, manifest.eos_id, manifest.pad_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     assert manifest.seq_len == prepared.seq_len

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megakexue.text import pack as module
 from megakexue.text.pack import BestFit, Concat
 from megakexue.text.prepare import prepare
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer import SentencePiece, Tokenizer
 from tests.text.helpers import BOS, EOS, PAD, STDLIB, arguments, rows_of, stream_of, write_lines
 
 
@@ -49,7 +49,7 @@ def test_best_fit_cuts_no_document_that_fits(lengths: list[int], seq_len: int, b
     documents = fake_documents(lengths)
     with pytest.MonkeyPatch().context() as context:
         context.setattr(module, "BUFFER_TOKENS", buffer)
-        rows = pack(BestFit(seq_len, np.dtype(np.uint32), BOS, PAD), documents, batch)
+        rows = pack(BestFit(seq_len, np.dtype(np.uint32), BOS, EOS, PAD), documents, batch)
     found: Counter[tuple[int, ...]] = Counter()
     for row in rows.tolist():
         content = row[: len(row) - row[::-1].index(next(t for t in row[::-1] if t != PAD))]
@@ -78,7 +78,7 @@ def test_best_fit_pads_little(model: Path, tmp_path: Path) -> None:
     args = arguments(seq_len=256, packing="best_fit", valid_fraction=0.05)
     manifest = prepare([str(tmp_path / "a.jsonl")], model, tmp_path / "out", args, processes=2)
     assert manifest["padding_share"] < 0.05  # many are longer than a row, and two of their rests cannot share one
-    tokenizer = Tokenizer(model)
+    tokenizer = SentencePiece(model)
     found: Counter[str] = Counter()
     for split in ("train", "valid"):
         for row in rows_of(tmp_path / "out" / split).tolist():
@@ -90,7 +90,7 @@ def test_best_fit_pads_little(model: Path, tmp_path: Path) -> None:
 
 def test_best_fit_of_short_documents_pads_almost_nothing() -> None:
     lengths = np.random.default_rng(0).exponential(200, 20_000).astype(int).clip(3, 513)
-    packer = BestFit(512, np.dtype(np.uint16), BOS, PAD)
+    packer = BestFit(512, np.dtype(np.uint16), BOS, EOS, PAD)
     tokens = np.full(lengths.sum(), 9, np.uint16)
     tokens[np.cumsum(lengths) - lengths] = BOS
     rows = packer.add(tokens)

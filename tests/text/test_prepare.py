@@ -29,7 +29,7 @@ from megakexue.text import prepare as module
 from megakexue.text.inputs import Block
 from megakexue.text.manifest import read_manifest
 from megakexue.text.prepare import Progress, Workers, prepare
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer import SentencePiece
 from tests.helpers import ROOT
 from tests.text.helpers import BOS, EOS, PAD, STDLIB, TEXTS, arguments, documents_in, rows_of, stream_of, write_lines
 
@@ -128,12 +128,12 @@ class FakeWorkers:
             answer: Any = module.Contents(np.array([number], np.uint64), np.array([1]), [])
         else:
             assert self.owner[number] == worker
-            answer = [np.array([number, int(value[0])])]
+            answer = module.Tokenised([np.array([number, int(value[0])])], [])
         self.answers.append((worker, number, answer))
 
     def receive(self) -> tuple[int, int, Any]:
         worker, number, answer = self.answers.pop(self.rng.randrange(len(self.answers)))
-        if isinstance(answer, list):
+        if isinstance(answer, module.Tokenised):
             del self.owner[number]
         return worker, number, answer
 
@@ -154,7 +154,7 @@ def test_blocks_are_judged_and_come_back_in_order(n_blocks: int, n_workers: int,
         return np.array([block.source % 3 == 0])
 
     workers = cast(Workers, FakeWorkers(n_workers, rng))
-    for block, (tokens,) in module.tokenise_in_order(blocks(), workers, judge):
+    for block, ((tokens,), _) in module.tokenise_in_order(blocks(), workers, judge):
         assert (block.source, *tokens) == (done, done, 128 if done % 3 == 0 else 0)
         done += 1
     assert done == n_blocks
@@ -187,7 +187,7 @@ def test_copies_are_different_segmentations_of_each_training_document(
     assert valid and sorted(train[:n] + valid) == sorted(corpus)
     assert train == train[:n] * 3  # copies do not follow one another
     assert manifest["splits"]["train"]["documents"] == n
-    tokenizer = Tokenizer(model)
+    tokenizer = SentencePiece(model)
     stream = stream_of(rows_of(out / "train"), tokenizer.pad_id)
     starts = [i for i, token in enumerate(stream) if token == tokenizer.bos_id]
     pieces = [tuple(stream[start:stop]) for start, stop in zip(starts, [*starts[1:], len(stream)])]
@@ -206,8 +206,8 @@ def test_two_workers_draw_different_segmentations(model: Path, tmp_path: Path) -
             workers.send(worker, "keep", 0, np.packbits([True]))
         while len(drawn) < 2:
             worker, _, answer = workers.receive()
-            if isinstance(answer, list):
-                drawn[worker] = answer[0].tolist()
+            if isinstance(answer, module.Tokenised):
+                drawn[worker] = answer.splits[0].tolist()
     assert drawn[0] != drawn[1]
 
 
@@ -217,7 +217,7 @@ def test_the_manifest_counts_what_the_rows_hold(packing: str, model: Path, corpu
     inputs, out = [str(tmp_path / "a.jsonl"), str(STDLIB / "email")], tmp_path / "out"
     manifest = prepare(inputs, model, out, arguments(packing=packing, valid_fraction=0.2), processes=2)
     assert json.loads((out / "manifest.json").read_text()) == manifest
-    tokenizer, padding, places = Tokenizer(model), 0, 0
+    tokenizer, padding, places = SentencePiece(model), 0, 0
     assert manifest["tokenizer_sha256"] == sha256(model) == sha256(out / "tokenizer.model")
     expected = {"format": 1, "vocab_size": 700, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "seq_len": 32}
     assert {key: manifest[key] for key in expected} == expected
@@ -247,7 +247,7 @@ def test_split_by_length_loses_nothing(model: Path, tmp_path: Path) -> None:
     texts = [f"number {i} of them " * (1 + i % 20) for i in range(60)]
     write_lines(tmp_path / "a.jsonl", [*texts, texts[0], ""])
     common: dict[str, Any] = dict(valid_fraction=0.3, seq_len=64)
-    inputs, limit, tokenizer = [str(tmp_path / "a.jsonl")], 40, Tokenizer(model)
+    inputs, limit, tokenizer = [str(tmp_path / "a.jsonl")], 40, SentencePiece(model)
     whole = prepare(inputs, model, tmp_path / "whole", arguments(**common), processes=2)
     out = tmp_path / "out"
     both = prepare(inputs, model, out, arguments(**common, split_by_length=limit), processes=2)
@@ -416,7 +416,11 @@ def test_wrong_inputs(models: dict[str, Path], model: Path, tmp_path: Path) -> N
         assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".out*"))
 
     fails("no tokenizer .*none: train one with tools/train_tokenizer.py", tokenizer=tmp_path / "none")
-    fails("--sample-alpha 0.2 needs a unigram tokenizer, and .*bpe is BPE", tokenizer=models["bpe"], sample_alpha=0.2)
+    fails(
+        "--sample-alpha 0.2 needs a unigram sentencepiece model, and .*bpe is none",
+        tokenizer=models["bpe"],
+        sample_alpha=0.2,
+    )
     fails("--processes 0 must be at least 1", processes=0)
     fails("no INPUT: name files, folders or globs", inputs=())
     fails("an INPUT is named twice", inputs=(good, good))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megakexue.config import UserError
 from megakexue.files import sha256
 from megakexue.text import tokenizer as module
-from megakexue.text.tokenizer import BLOCK, CUT_CHARS, Kind, Sample, Tokenizer, set_sample_seed, train_tokenizer
+from megakexue.text.tokenizer import BLOCK, CUT_CHARS, Kind, Sample, SentencePiece, set_sample_seed, train_tokenizer
 from tests.helpers import ROOT
 from tests.text.helpers import stdlib_texts
 
@@ -57,21 +57,21 @@ NASTY = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SentencePiece]:
     folder, texts = tmp_path_factory.mktemp("models"), [*stdlib_texts(16), CHINESE * 20]
     kinds: tuple[Kind, ...] = ("unigram", "bpe")
     for kind in kinds:
         path = folder / f"{kind}.model"
         train_tokenizer(texts, path, vocab_size=1000, kind=kind, user_symbols=SYMBOLS, n_threads=2)
-    return {kind: Tokenizer(folder / f"{kind}.model") for kind in ("unigram", "bpe")}
+    return {kind: SentencePiece(folder / f"{kind}.model") for kind in ("unigram", "bpe")}
 
 
 @pytest.fixture(scope="module")
-def unigram(models: dict[str, Tokenizer]) -> Tokenizer:
+def unigram(models: dict[str, SentencePiece]) -> SentencePiece:
     return models["unigram"]
 
 
-def check_lossless(tokenizer: Tokenizer, text: str | bytes) -> None:
+def check_lossless(tokenizer: SentencePiece, text: str | bytes) -> None:
     data = text.encode() if isinstance(text, str) else text
     drawn = [tokenizer.sample(text, alpha) for alpha in (0.0, 0.2)] if tokenizer.is_unigram else []
     array, encode = tokenizer.encode_array(text), tokenizer._processor.encode
@@ -87,7 +87,7 @@ def check_lossless(tokenizer: Tokenizer, text: str | bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 @pytest.mark.parametrize("text", NASTY)
-def test_round_trip_of_nasty_text(models: dict[str, Tokenizer], kind: str, text: str) -> None:
+def test_round_trip_of_nasty_text(models: dict[str, SentencePiece], kind: str, text: str) -> None:
     check_lossless(models[kind], text)
     check_lossless(models[kind], text.encode())
     assert models[kind].encode(text) == models[kind].encode(text.encode())
@@ -95,7 +95,7 @@ def test_round_trip_of_nasty_text(models: dict[str, Tokenizer], kind: str, text:
 
 @settings(deadline=None, max_examples=300)
 @given(text=st.text() | st.lists(st.sampled_from(NASTY[:-1])).map("".join))
-def test_round_trip_of_any_text(models: dict[str, Tokenizer], text: str) -> None:
+def test_round_trip_of_any_text(models: dict[str, SentencePiece], text: str) -> None:
     for tokenizer in models.values():
         check_lossless(tokenizer, text)
 
@@ -105,18 +105,18 @@ def test_round_trip_of_any_text(models: dict[str, Tokenizer], text: str) -> None
     data=st.binary()
     | st.lists(st.sampled_from([b"\xe2\x96", b"\x81", b" ", b"\xed\xa0\x80", b"\xf0\x9f", b"a"])).map(b"".join)
 )
-def test_round_trip_of_any_bytes(models: dict[str, Tokenizer], data: bytes) -> None:
+def test_round_trip_of_any_bytes(models: dict[str, SentencePiece], data: bytes) -> None:
     for tokenizer in models.values():
         check_lossless(tokenizer, data)
 
 
-def test_round_trip_of_source_code(models: dict[str, Tokenizer]) -> None:
+def test_round_trip_of_source_code(models: dict[str, SentencePiece]) -> None:
     for text in stdlib_texts(60)[40:]:
         for tokenizer in models.values():
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_names_of_control_pieces_in_text_are_characters(models: dict[str, Tokenizer]) -> None:
+def test_names_of_control_pieces_in_text_are_characters(models: dict[str, SentencePiece]) -> None:
     for tokenizer in models.values():
         assert len(tokenizer.encode("<s>")) > 1
         assert tokenizer.encode("<0x41>") != tokenizer.encode("A")
@@ -124,7 +124,7 @@ def test_names_of_control_pieces_in_text_are_characters(models: dict[str, Tokeni
         assert tokenizer.decode([1, *tokenizer.encode("a b"), 2, 3, 0]) == "a b"
 
 
-def test_a_user_symbol_is_always_its_one_id(models: dict[str, Tokenizer]) -> None:
+def test_a_user_symbol_is_always_its_one_id(models: dict[str, SentencePiece]) -> None:
     for tokenizer in models.values():
         user, longer, qq = (tokenizer.encode(symbol) for symbol in SYMBOLS)
         assert (user, longer, qq) == ([4], [5], [6])
@@ -133,13 +133,13 @@ def test_a_user_symbol_is_always_its_one_id(models: dict[str, Tokenizer]) -> Non
         assert models["unigram"].sample("qqqq<|user|>", 0.0) == [6, 6, 4]
 
 
-def test_lone_surrogates(unigram: Tokenizer) -> None:
+def test_lone_surrogates(unigram: SentencePiece) -> None:
     assert unigram.decode_bytes(unigram.encode("a\udcff")) == b"a\xff"
     with pytest.raises(UserError, match=r"not Unicode: lone surrogate '\\ud800'"):
         unigram.encode("a\ud800")
 
 
-def test_decode_shows_half_a_character_and_refuses_ids_outside(unigram: Tokenizer) -> None:
+def test_decode_shows_half_a_character_and_refuses_ids_outside(unigram: SentencePiece) -> None:
     ids = unigram.encode("\U0001f600")
     assert len(ids) == 4 and unigram.decode(ids[:2] + unigram.encode("a")) == "\ufffda"
     with pytest.raises(IndexError):
@@ -148,7 +148,7 @@ def test_decode_shows_half_a_character_and_refuses_ids_outside(unigram: Tokenize
         unigram.decode([5, -100])
 
 
-def test_cuts_do_not_change_the_segmentation(models: dict[str, Tokenizer]) -> None:
+def test_cuts_do_not_change_the_segmentation(models: dict[str, SentencePiece]) -> None:
     text = "".join(stdlib_texts(20)[18:])[:20_000] + CHINESE * 200 + " " * 10_000
     for tokenizer in models.values():
         parts = list(tokenizer._cut(text))
@@ -158,7 +158,7 @@ def test_cuts_do_not_change_the_segmentation(models: dict[str, Tokenizer]) -> No
         assert not {a[-1] + b[0] for a, b in itertools.pairwise(parts)} & tokenizer._bonds
 
 
-def lattice_law(tokenizer: Tokenizer, text: str, alpha: float) -> dict[tuple[int, ...], float]:
+def lattice_law(tokenizer: SentencePiece, text: str, alpha: float) -> dict[tuple[int, ...], float]:
     """P(seg) = exp(alpha score) / Z by listing every segmentation, in float64."""
     processor = tokenizer._processor
     ids = {processor.id_to_piece(i): i for i in range(4 + len(SYMBOLS) + 256, tokenizer.vocab_size)}
@@ -177,7 +177,7 @@ def lattice_law(tokenizer: Tokenizer, text: str, alpha: float) -> dict[tuple[int
 
 @pytest.mark.parametrize("cut_chars", [CUT_CHARS, 2])
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
-def test_sampling_law(unigram: Tokenizer, alpha: float, cut_chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_law(unigram: SentencePiece, alpha: float, cut_chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square against the enumeration, the rare segmentations pooled. A cut must not change the law."""
     monkeypatch.setattr(module, "CUT_CHARS", cut_chars)
     text, n = " return default in list:\n", 10_000
@@ -196,7 +196,7 @@ def test_sampling_law(unigram: Tokenizer, alpha: float, cut_chars: int, monkeypa
     assert abs((chi2 / degrees) ** (1 / 3) - (1 - variance)) < 5 * math.sqrt(variance)
 
 
-def test_sampling_tends_to_the_best_segmentation(unigram: Tokenizer) -> None:
+def test_sampling_tends_to_the_best_segmentation(unigram: SentencePiece) -> None:
     text = stdlib_texts(20)[19][:3000]
     assert unigram.sample(text, 1e4) == unigram.encode(text)
     assert len({tuple(unigram.sample(text, 0.1)) for _ in range(5)}) == 5
@@ -204,7 +204,7 @@ def test_sampling_tends_to_the_best_segmentation(unigram: Tokenizer) -> None:
     assert max(law, key=law.__getitem__) == tuple(unigram.encode(" self is"))
 
 
-def test_sample_seed(unigram: Tokenizer) -> None:
+def test_sample_seed(unigram: SentencePiece) -> None:
     def draw(seed: int) -> list[list[int]]:
         set_sample_seed(seed)
         return [unigram.sample("return self.value", 0.1) for _ in range(5)]
@@ -214,17 +214,17 @@ def test_sample_seed(unigram: Tokenizer) -> None:
     assert draw(-1) == draw(2**32 - 2)
 
 
-def test_another_process_draws_differently_from_the_same_seed(unigram: Tokenizer) -> None:
+def test_another_process_draws_differently_from_the_same_seed(unigram: SentencePiece) -> None:
     code = (
-        "import sys; from megakexue.text.tokenizer import Tokenizer, set_sample_seed; set_sample_seed(7); "
-        "print(Tokenizer(sys.argv[1]).sample('return self.value' * 20, 0.1))"
+        "import sys; from megakexue.text.tokenizer import SentencePiece, set_sample_seed; set_sample_seed(7); "
+        "print(SentencePiece(sys.argv[1]).sample('return self.value' * 20, 0.1))"
     )
     command = [sys.executable, "-c", code, str(unigram.path)]
     drawn = [subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout for _ in range(2)]
     assert drawn[0] != drawn[1]
 
 
-def test_sample_errors(models: dict[str, Tokenizer]) -> None:
+def test_sample_errors(models: dict[str, SentencePiece]) -> None:
     with pytest.raises(UserError, match="BPE model, which has no segmentation lattice: sample needs unigram"):
         models["bpe"].sample("a", 0.1)
     for alpha in (-1.0, math.nan, math.inf):
@@ -232,7 +232,7 @@ def test_sample_errors(models: dict[str, Tokenizer]) -> None:
             models["unigram"].sample("a", alpha)
 
 
-def test_what_a_tokenizer_says_of_itself(models: dict[str, Tokenizer]) -> None:
+def test_what_a_tokenizer_says_of_itself(models: dict[str, SentencePiece]) -> None:
     for kind, tokenizer in models.items():
         assert tokenizer.sha256 == sha256(tokenizer.path)
         assert tokenizer.vocab_size == 1000
@@ -260,21 +260,20 @@ def foreign_model(folder: Path, **options: Any) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pad_id": -1}, "has no pad_id: train it with"),
-        ({"bos_id": -1, "eos_id": -1}, "has no bos_id, eos_id: train it with"),
-        ({"byte_fallback": False}, "has no byte pieces: train it with"),
+        ({"bos_id": -1, "eos_id": -1}, r"has no BOS and no EOS: take the tokenizer\.json of the same model, or train"),
+        ({"byte_fallback": False}, "has no byte pieces: take the"),
         ({"normalization_rule_name": "nfkc"}, "changes text"),
-        ({"add_dummy_prefix": True}, "changes text"),
+        ({"add_dummy_prefix": True, "treat_whitespace_as_suffix": True}, "changes text"),
         ({"remove_extra_whitespaces": True}, "changes text"),
     ],
 )
 def test_refuses_a_model_that_cannot_be_exact(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Tokenizer(foreign_model(tmp_path, **options))
+        SentencePiece(foreign_model(tmp_path, **options))
 
 
 def test_reads_a_foreign_model_that_can(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(foreign_model(tmp_path, user_defined_symbols=["<a>", "▁b c"], split_by_whitespace=False))
+    tokenizer = SentencePiece(foreign_model(tmp_path, user_defined_symbols=["<a>", "▁b c"], split_by_whitespace=False))
     for text in [*NASTY, "x b c▁b c b▁c<a>"]:
         check_lossless(tokenizer, text)
 
@@ -282,11 +281,11 @@ def test_reads_a_foreign_model_that_can(tmp_path: Path) -> None:
 def test_refuses_what_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "t.model"
     with pytest.raises(UserError, match=r"no tokenizer .*t\.model: train one with tools/train_tokenizer\.py"):
-        Tokenizer(path)
+        SentencePiece(path)
     for junk in (b"", b"junk", random.Random(0).randbytes(1000)):
         path.write_bytes(junk)
         with pytest.raises(UserError, match="is not a sentencepiece model"):
-            Tokenizer(path)
+            SentencePiece(path)
 
 
 # Training
@@ -344,7 +343,7 @@ def test_compression_is_measured_on_text_not_trained_on(tmp_path: Path, monkeypa
     assert not set(heldout) & set(trained)
     assert facts["train_bytes"] == sum(map(len, trained))
     assert facts["heldout_bytes"] == sum(len(block) * n for block, n in heldout.items())
-    tokenizer = Tokenizer(tmp_path / "a.model")
+    tokenizer = SentencePiece(tmp_path / "a.model")
     n_tokens = sum(n * len(tokenizer.encode(block)) for block, n in heldout.items())
     assert facts["bytes_per_token"] == facts["heldout_bytes"] / n_tokens > 1.5
 
@@ -354,14 +353,14 @@ def test_training_drops_nothing(tmp_path: Path) -> None:
     for mark in ["▅", "\0", "▁", ""]:
         text = f"{mark} zebraquux" * 5000  # one line
         train_tokenizer([text, *stdlib_texts(2)], tmp_path / "t.model", vocab_size=500, kind="bpe")
-        tokenizer = Tokenizer(tmp_path / "t.model")
+        tokenizer = SentencePiece(tmp_path / "t.model")
         assert len(tokenizer.encode(" zebraquux")) == 1
         assert tokenizer.decode(tokenizer.encode(text)) == text
     surrogate = ["\ud800 " + text for text in stdlib_texts(2)]
     train_tokenizer(surrogate, tmp_path / "t.model", vocab_size=400, kind="bpe")
 
 
-def test_newlines_and_indentation_have_pieces(unigram: Tokenizer) -> None:
+def test_newlines_and_indentation_have_pieces(unigram: SentencePiece) -> None:
     assert len(unigram.encode("):\n" + " " * 8)) == 2
 
 

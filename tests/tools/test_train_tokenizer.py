@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megakexue.files import sha256
-from megakexue.text.tokenizer import Tokenizer
+from megakexue.text.tokenizer import SentencePiece
 from tests.helpers import ROOT
 from tests.programs import run_without_torch
 from tests.text.helpers import stdlib_texts
@@ -53,7 +53,7 @@ def test_tool_reads_every_kind_of_file(corpus: Path, tmp_path: Path) -> None:
         "<|a|>",
     ]
     said = run_tool(*arguments, "--out", out)
-    tokenizer, facts = Tokenizer(out), json.loads((tmp_path / "new/t.json").read_text())
+    tokenizer, facts = SentencePiece(out), json.loads((tmp_path / "new/t.json").read_text())
     assert tokenizer.vocab_size == 500 and tokenizer.encode("<|a|>") == [4]
     assert facts["sha256"] == tokenizer.sha256
     assert facts["text_bytes"] == sum(len(text.encode()) for text in stdlib_texts(6))
@@ -104,5 +104,5 @@ def test_tool_errors(corpus: Path, tmp_path: Path) -> None:
     )
     assert out.read_bytes() == b"old"
     run_tool(text, *size, "--out", out, "--overwrite")
-    assert Tokenizer(out).vocab_size == 400
+    assert SentencePiece(out).vocab_size == 400
     assert "example:" in run_tool("--help")
