@@ -130,13 +130,12 @@ class TokenizerJson(Tokenizer):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         spec = read_spec(self.path)
-        self.sha256 = spec.sha256
+        self.sha256, to_bytes = spec.sha256, _byte_rule(spec)
         # One text at a time has no work for the library's threads, and a process that has them must not fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._library = _open(spec)
         self._is_special = np.zeros(1 + max(spec.ids.values()), bool)
         self._is_special[list(spec.special.values())] = True
-        to_bytes = _byte_rule(spec)
         pieces = [b""] * len(self._is_special)
         added = {token["content"] for token in spec.values["added_tokens"]}
         for content, index in spec.ids.items():

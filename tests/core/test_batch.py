@@ -1,6 +1,7 @@
 """A batch: targets, positions and boundaries against a plain reference."""
 
 import numpy as np
+import pytest
 import torch
 
 from megakexue.config import IGNORED
@@ -44,6 +45,27 @@ def test_what_is_predicted() -> None:
     assert batch.targets.tolist() == [[EOS, IGNORED, 8, 9, EOS, IGNORED, IGNORED]]
     assert batch.positions.tolist() == [[0, 1, 0, 1, 2, 3, 0]]
     assert batch.cu_seqlens.tolist() == [0, 2, 6, 7]
+
+
+@pytest.mark.parametrize("bos", [BOS, EOS])
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_marks_that_are_one_id_mean_what_they_mean_apart(bos: int, pad: int) -> None:
+    """Rows cut anywhere, with three marks and with fewer: what is learned is the same."""
+    rng, stream = np.random.default_rng(3), list[int]()
+    while len(stream) < 300 * (T + 1):
+        stream += [BOS, *rng.integers(4, 20, rng.integers(1, 13)), EOS]
+    apart = np.array(stream[: 300 * (T + 1)]).reshape(300, T + 1)
+    apart[0] = PAD
+    for row in apart[1:100]:  # some end early
+        if len(ends := np.flatnonzero(row == EOS)):
+            row[rng.choice(ends) + 1 :] = PAD
+    one = np.where(apart == BOS, bos, np.where(apart == PAD, pad, apart))
+    expected = make_batch(apart, [], bos_id=BOS, pad_id=PAD, eos_id=EOS)
+    found = make_batch(one, [], bos_id=bos, pad_id=pad, eos_id=EOS)
+    learned = expected.targets != IGNORED
+    assert torch.equal(found.targets, expected.targets) and (found.targets[learned] == EOS).sum() > 100
+    assert torch.equal(found.positions[learned], expected.positions[learned])
+    assert found.n_targets == expected.n_targets
 
 
 def test_only_rows_of_one_document_each_need_no_boundaries() -> None:

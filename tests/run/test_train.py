@@ -19,14 +19,22 @@ from unittest import mock
 
 import pytest
 
+from megakexue.bundle.bundle import Bundle
+from megakexue.bundle.generate import complete, load_decoder
 from megakexue.config import Config, UserError, load_config, to_yaml
 from megakexue.core.device import has_compiler
-from tests.conftest import Prepared
+from megakexue.run.export import export_run
+from megakexue.text.manifest import read_manifest
+from megakexue.text.prepare import PrepareArguments, prepare
+from megakexue.text.tokenizer_files import tokenizer_sha256
+from tests.conftest import Prepared, stdlib_files
+from tests.foreign import byte_level, foreign_model
 from tests.helpers import (
     ROOT,
     change_trainer,
     column,
     n_rows,
+    outcomes,
     records,
     state_hashes,
     tiny_config,
@@ -99,6 +107,46 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
         kind, _, dtype = name.split("_")
         rel = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}[dtype]
         assert losses[name] == pytest.approx(losses[f"{kind}_0_fp32"], rel=rel), name
+
+
+@pytest.mark.slow
+def test_tokenizers_of_others_from_text_to_text(tmp_path: Path) -> None:
+    """tokenizer.json without BOS, and sentencepiece with a dummy prefix: prepared, trained, resumed, exported."""
+    files = stdlib_files(6)
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    paths = {
+        "json": byte_level(tmp_path / "qwen", "qwen", texts, 450),
+        "model": foreign_model(tmp_path, add_dummy_prefix=True, pad_id=-1),
+    }
+    configs, names = [], {"json": ["tokenizer.json", "tokenizer_config.json"], "model": ["tokenizer.model"]}
+    for kind, path in paths.items():
+        arguments = PrepareArguments(seq_len=64, packing="best_fit", valid_fraction=0.2)
+        manifest = prepare([str(file) for file in files], path, tmp_path / kind, arguments, processes=2)
+        assert sorted(p.name for p in (tmp_path / kind).glob("tokenizer*")) == names[kind]
+        assert manifest["round_trip"] == {"measured": kind == "json", "changed": 0, "paths": []}
+        data = Prepared(tmp_path / kind / names[kind][0], tmp_path / kind, 64)
+        straight, stopped = (tmp_path / f"{name}_{kind}" for name in ("straight", "stopped"))
+        configs += [tiny_config(data, straight), tiny_config(data, stopped, "train.stop_at_step=4")]
+        own = Prepared(stopped / names[kind][0], tmp_path / kind, 64)  # the run's copy, from now on
+        configs.append(tiny_config(own, stopped))
+    run_on_ranks(2, train_all, configs)
+    for kind, path in paths.items():
+        assert column(tmp_path / f"stopped_{kind}") == column(tmp_path / f"straight_{kind}")
+        a, b = (state_hashes(tmp_path / f"{name}_{kind}", 8) for name in ("straight", "stopped"))
+        assert a["rank_00000.safetensors"] == b["rank_00000.safetensors"]
+        bundle = Bundle(export_run(tmp_path / f"stopped_{kind}", tmp_path / f"bundle_{kind}"))
+        assert sorted(p.name for p in bundle.folder.glob("tokenizer*")) == names[kind]
+        tokenizer = bundle.load_tokenizer()
+        assert tokenizer.sha256 == tokenizer_sha256(path) == read_manifest(tmp_path / kind).tokenizer_sha256
+        said = complete(load_decoder(bundle), tokenizer, ["def f(", ""], n_tokens=8, temperature=0)
+        assert all("".join(piece or "" for piece in pieces) for pieces in zip(*said))
+        # trained on from the bundle, with the tokenizer of another it is refused
+    other = Prepared(paths["model"], tmp_path / "model", 64)
+    own = Prepared(paths["json"], tmp_path / "json", 64)
+    start = f"train.init_from={tmp_path / 'bundle_json'}"
+    runs = [tiny_config(data, tmp_path / f"from_{i}", start, "train.steps=3") for i, data in enumerate((own, other))]
+    (ends,) = run_on_ranks(1, outcomes, runs)
+    assert ends[0] == "" and "is not the tokenizer of train.init_from=" in ends[1]
 
 
 @pytest.mark.slow

@@ -30,6 +30,9 @@ from megakexue.text.inputs import Block
 from megakexue.text.manifest import read_manifest
 from megakexue.text.prepare import Progress, Workers, prepare
 from megakexue.text.tokenizer import SentencePiece
+from megakexue.text.tokenizer_files import load_tokenizer
+from megakexue.text.tokenizer_json import read_spec
+from tests.foreign import byte_level
 from tests.helpers import ROOT
 from tests.text.helpers import BOS, EOS, PAD, STDLIB, TEXTS, arguments, documents_in, rows_of, stream_of, write_lines
 
@@ -436,3 +439,62 @@ def test_preparing_needs_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'streaming', 'rich')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("theirs")
+    return {kind: byte_level(folder / kind, kind, corpus, 400) for kind in ("llama3", "qwen", "one mark")}
+
+
+def test_documents_that_do_not_come_back_are_counted_and_named(
+    theirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_module, "BLOCK_BYTES", 300)
+    lines = []
+    for i in range(60):  # one in three is changed, one in three is no document
+        lines += [json.dumps({"text": f"cafe\u0301 {i}"}), json.dumps({"text": f"café {i} <|endoftext|>"}), "{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("e\u0301")
+    (tmp_path / "c.txt").write_text("é")
+    inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.txt")]
+    args = arguments(valid_fraction=0.3)
+    manifests = [prepare(inputs, theirs["qwen"], tmp_path / f"out{n}", args, processes=n) for n in (1, 3)]
+    assert manifests[0] == manifests[1]
+    paths = [f"{inputs[0]}:{3 * i + 1}" for i in range(60)]
+    assert manifests[0]["round_trip"] == {"measured": True, "changed": 61, "paths": paths[:5]}
+    listed = [line.split("\t") for line in (tmp_path / "out1" / "skipped.tsv").read_text().splitlines()]
+    assert sorted(name for why, name in listed if why == "changed") == sorted([*paths[:20], inputs[1]])
+    out, command = tmp_path / "out", [sys.executable, TOOL, *inputs, "--tokenizer", theirs["qwen"], "--seq-len", "32"]
+    said = subprocess.run([*map(str, command), "--out", out], capture_output=True, text=True, check=True).stdout
+    assert f"round trip: 61 of 122 documents (50.00%) do not come back byte for byte, such as {paths[0]}\n" in said
+    assert f"all that was skipped or changed is listed in {out}/skipped.tsv" in said
+    special = set(read_spec(theirs["qwen"]).special.values())
+    for split, kept in manifests[0]["splits"].items():
+        rows = rows_of(tmp_path / "out1" / split)
+        assert np.isin(rows, list(special)).sum() <= 3 * kept["documents"] + kept["padding"]  # only marks
+    manifest = prepare(inputs, theirs["llama3"], tmp_path / "exact", args, processes=1)
+    assert manifest["round_trip"] == {"measured": True, "changed": 0, "paths": []}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("kind", ["qwen", "one mark"])
+def test_rows_with_one_mark_hold_each_document_and_are_counted(
+    kind: str, packing: str, theirs: dict[str, Path], corpus: list[str], tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [*corpus, "<|endoftext|>", "x"])
+    args = arguments(packing=packing, valid_fraction=0.2, seq_len=48)
+    manifest = prepare([str(tmp_path / "a.jsonl")], theirs[kind], tmp_path / "out", args, processes=2)
+    tokenizer, n_documents = load_tokenizer(theirs[kind]), 0
+    bos, eos, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    for name, split in manifest["splits"].items():
+        rows = rows_of(tmp_path / "out" / name).astype(np.int64)
+        batch = make_batch(rows, [], bos_id=bos, eos_id=eos, pad_id=pad)
+        targets = batch.targets[batch.targets != IGNORED].tolist()
+        assert split["targets"] == len(targets) == split["tokens"] - split["documents"]  # all but BOS, each once
+        assert targets.count(eos) == split["documents"] and split["bytes"] == len(tokenizer.decode_bytes(targets))
+        shares = [count / len(targets) for count in Counter(targets).values()]
+        assert split["unigram_entropy_nats"] == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
+        assert kind == "one mark" or split["padding"] == (rows[:, 1:] == pad).sum()
+        n_documents += split["documents"]
+    assert n_documents == len(corpus) + 2 and manifest["round_trip"]["changed"] == 0

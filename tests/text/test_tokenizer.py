@@ -1,6 +1,5 @@
 """The tokenizer loses nothing, samples by the exact law, and trains the same file from the same text."""
 
-import io
 import itertools
 import math
 import pickle
@@ -20,7 +19,17 @@ from hypothesis import strategies as st
 from megakexue.config import UserError
 from megakexue.files import sha256
 from megakexue.text import tokenizer as module
-from megakexue.text.tokenizer import BLOCK, CUT_CHARS, Kind, Sample, SentencePiece, set_sample_seed, train_tokenizer
+from megakexue.text.tokenizer import (
+    BLOCK,
+    CUT_CHARS,
+    SPACE,
+    Kind,
+    Sample,
+    SentencePiece,
+    set_sample_seed,
+    train_tokenizer,
+)
+from tests.foreign import foreign_model
 from tests.helpers import ROOT
 from tests.text.helpers import stdlib_texts
 
@@ -246,17 +255,6 @@ def test_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def foreign_model(folder: Path, **options: Any) -> Path:
-    model = io.BytesIO()
-    defaults: dict[str, Any] = dict(vocab_size=400, byte_fallback=True, pad_id=3, minloglevel=2)
-    defaults |= dict(normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False)
-    lines = iter("".join(stdlib_texts(4)).splitlines())
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **(defaults | options))
-    path = folder / "foreign.model"
-    path.write_bytes(model.getvalue())
-    return path
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -276,6 +274,33 @@ def test_reads_a_foreign_model_that_can(tmp_path: Path) -> None:
     tokenizer = SentencePiece(foreign_model(tmp_path, user_defined_symbols=["<a>", "▁b c"], split_by_whitespace=False))
     for text in [*NASTY, "x b c▁b c b▁c<a>"]:
         check_lossless(tokenizer, text)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_model_with_a_dummy_prefix_and_few_marks_is_exact_and_has_the_ids_of_the_library(
+    tmp_path: Path, kind: str
+) -> None:
+    """As Llama 2 and Mistral have it."""
+    options = dict(model_type=kind, add_dummy_prefix=True, pad_id=-1, user_defined_symbols=["<a>"], vocab_size=500)
+    tokenizer = SentencePiece(foreign_model(tmp_path, **options))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "foreign.model"))
+    long = "".join(stdlib_texts(3))[: 3 * CUT_CHARS]
+    for text in [*NASTY, "a<a>b", "<a> <a>", "x", " x", "  x", "\nx", long, *stdlib_texts(2)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode_bytes(ids) == text.encode() and not {0, 1, 2} & set(ids)
+        if SPACE not in text:  # which it takes for a space
+            assert ids == reference.encode(text)
+    first, then = tokenizer.encode("def f"), tokenizer.encode_array("(x):", is_start=False).tolist()
+    assert tokenizer.decode_bytes(first + then) == b"def f(x):"
+    assert b"".join(map(tokenizer.piece, first)) == b" def f" and tokenizer.piece(1) == b""
+
+
+def test_one_mark_serves_for_both_ends(tmp_path: Path) -> None:
+    tokenizer = SentencePiece(foreign_model(tmp_path, bos_id=-1, pad_id=-1))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 2, 0)
+    tokenizer = SentencePiece(foreign_model(tmp_path, eos_id=-1, pad_id=3))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1, 3)
 
 
 def test_refuses_what_is_no_model(tmp_path: Path) -> None:
