@@ -39,10 +39,10 @@ LEVELS = {
         {"describe"},
     ],
     "bundle": [
-        {"bundle", "axis_maps"},
+        {"bundle", "axis_maps", "modeling_megakexue"},
         {"generate", "evaluate", "grow_checks"},
-        {"grow", "needle"},
-        {"trace", "grow_report"},
+        {"grow", "needle", "hf_check", "hf_tokenizer"},
+        {"trace", "grow_report", "hf_export"},
     ],
     "run": [
         {"order", "source", "records", "guard", "preemption", "zero", "rendezvous"},
@@ -57,7 +57,7 @@ LEVELS = {
 OWNERS = {
     "omegaconf": {"config"},
     "yaml": {"config"},
-    "sentencepiece": {"text.tokenizer"},
+    "sentencepiece": {"text.tokenizer", "bundle.hf_tokenizer"},
     "google": {"text.tokenizer"},
     "tokenizers": {"text.tokenizer_json"},
     "streaming": {"run.source"},
@@ -68,7 +68,7 @@ OWNERS = {
     "safetensors": {"bundle.bundle", "run.checkpoint", "run.replay"},
     "rich": {"run.metrics", "text.progress"},
     "charset_normalizer": {"text.ledger"},
-    "transformers": set(),
+    "transformers": {"bundle.hf_check", "bundle.modeling_megakexue"},
 }
 
 

@@ -116,7 +116,7 @@ def _write_tensors(
         nonlocal n_shards
         n_shards += 1
         name = f"{stem}-{n_shards:05d}.safetensors"
-        _save(shard, folder / name)
+        save_tensors(shard, folder / name)
         index.update(dict.fromkeys(shard, name))
         shard.clear()
 
@@ -140,10 +140,10 @@ def _write_tensors(
     return set(index)
 
 
-def _save(shard: dict[str, Tensor], path: Path) -> None:
+def save_tensors(shard: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a file. Raises OSError: safetensors itself has an error of its own for a full disk."""
     try:
-        save_file(shard, path)
+        save_file(shard, path, metadata)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:

@@ -3,7 +3,9 @@
 What must stay true: weights are the fp32 masters, rounded once; each tensor is read by mmap when it is asked for.
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from megakexue.core.axes import axes, parameter_names, shape
 from megakexue.core.segments import Segment
 from megakexue.files import verify
 from megakexue.run import checkpoint
+from megakexue.run.records import StepRecord, ValidationRecord, read_metrics
 from megakexue.run.state import TRAINER, TrainerState
 from megakexue.text.tokenizer_files import find_tokenizer
 
@@ -80,7 +83,8 @@ class RunCheckpoint:
         self.lineage = {
             "from": "run", "run": str(run), "step": state.step, "tokens": state.tokens,
             "init_from": state.config["train"].get("init_from"), "source": state.source,
-            "data": {"fingerprint": state.data, **vars(state.position)}, "megakexue": __version__,
+            "data": {"fingerprint": state.data, **vars(state.position)}, "losses": _losses(run, state.step),
+            "megakexue": __version__,
         }  # fmt: skip
         self._folder, self._reader = folder, checkpoint.Reader(folder)
 
@@ -95,6 +99,18 @@ class RunCheckpoint:
                 f"{self._folder} was removed while it was read, since its run goes on: keep it with "
                 "checkpoint.keep_every, or take a newer one"
             ) from error
+
+
+def _losses(run: Path, step: int) -> dict[str, float]:
+    """Return the loss of a step and the last validation loss up to it, in nats a token, as far as they are recorded."""
+    losses: dict[str, float] = {}
+    with suppress(UserError):  # without a record, or with a damaged one, the weights are as good
+        for record in read_metrics(run):
+            if isinstance(record, StepRecord) and record.step == step:
+                losses["train"] = record.loss
+            elif isinstance(record, ValidationRecord) and record.step <= step:
+                losses["validation"] = record.loss
+    return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
 
 def open_source(path: Path, step: int | None = None) -> "RunCheckpoint | Bundle":

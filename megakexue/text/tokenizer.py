@@ -77,16 +77,18 @@ class Tokenizer:
         bos_id, eos_id, pad_id: as `Marks`.
         is_exact: whether all text comes back byte for byte; else it must be measured.
         is_unigram: whether it can draw segmentations.
+        has_prefix: whether a space stands before each text, which decoding takes away.
     """
 
     path: Path
     sha256: str
     is_exact: bool
     is_unigram: bool
+    has_prefix: bool
 
     def _set(self, pieces: list[bytes], marks: Marks, *, has_prefix: bool) -> None:
         """Keep the bytes of each id, none for a control id. `has_prefix`: a space stands before each text."""
-        self._bytes, self._has_prefix = pieces, has_prefix
+        self._bytes, self.has_prefix = pieces, has_prefix
         self.vocab_size = len(pieces)
         self.bos_id, self.eos_id, self.pad_id = marks
 
@@ -122,7 +124,7 @@ class Tokenizer:
         if ids and min(ids) < 0:
             raise IndexError(f"token id {min(ids)} is negative")
         data = b"".join([self._bytes[i] for i in ids])
-        return data.removeprefix(b" ") if self._has_prefix else data
+        return data.removeprefix(b" ") if self.has_prefix else data
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text. Bytes that are not UTF-8, such as half of a character, become U+FFFD."""
@@ -206,7 +208,7 @@ class SentencePiece(Tokenizer):
             options |= {"enable_sampling": True, "nbest_size": -1, "alpha": alpha}
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
-        if self._has_prefix and is_start and text:
+        if self.has_prefix and is_start and text:
             text = " " + text
         parts = [np.empty(0, np.int32)]
         for part in self._parts(text):

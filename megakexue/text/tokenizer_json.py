@@ -142,7 +142,7 @@ class TokenizerJson(Tokenizer):
             if not self._is_special[index]:
                 pieces[index] = content.encode() if content in added else to_bytes(content)
         self._set(pieces, spec.marks, has_prefix=False)
-        self._has_prefix = self.decode_bytes(self.encode("a")).startswith(b" ")
+        self.has_prefix = self.decode_bytes(self.encode("a")).startswith(b" ")
 
     def __reduce__(self) -> tuple[type["TokenizerJson"], tuple[Path]]:
         return TokenizerJson, (self.path,)  # the library's own pickle forgets its settings

@@ -70,6 +70,8 @@ def test_a_run_exports_its_masters(trained: Path) -> None:
     assert (lineage["from"], lineage["run"], lineage["step"]) == ("run", str(trained / "run"), 2)
     assert lineage["tokens"] == records(trained / "run")[-2]["tokens"] and lineage["init_from"] is None
     assert lineage["source"].split()[0] in (trained / "run" / "source.txt").read_text()
+    losses = {record["step"]: record["loss"] for record in records(trained / "run") if record["kind"] == "train"}
+    assert lineage["losses"] == {"train": losses[2], "validation": validation_losses(trained / "run")[-1]}
 
 
 @pytest.mark.slow
