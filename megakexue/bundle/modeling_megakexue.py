@@ -100,9 +100,9 @@ class MegakexueRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = _wide(x)
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return (scaled * self.weight.to(wide.dtype)).to(x.dtype)
+        wide = x.to(torch.float32)  # in this form, serving engines know it as an RMSNorm and put theirs in its place
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.to(torch.float32) * scaled).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
