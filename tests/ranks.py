@@ -33,11 +33,12 @@ FIXED = {
 }
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    # muon is what DeepSpeed imports, and torch's compiler with it, at the first `initialize`
     [
         "pytest",
         "hypothesis",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch._inductor.compile_fx",
+        "deepspeed",
+        "streaming.base.stream",
         "megakexue.run.train",
         "megakexue.text.prepare",
     ]

@@ -61,7 +61,7 @@ OWNERS = {
     "google": {"text.tokenizer"},
     "tokenizers": {"text.tokenizer_json"},
     "streaming": {"run.source"},
-    "xxhash": {"text.duplicates", "text.shards"},
+    "xxhash": {"text.duplicates", "text.shards", "run.source"},
     "pyarrow": {"text.inputs"},
     "zstandard": {"text.inputs"},
     "deepspeed": {"run.engine"},

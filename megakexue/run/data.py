@@ -299,7 +299,7 @@ def check_cache_limit(config: DataConfig, sources: list[Source], order: Order) -
     for source, chosen in zip(sources, order.chosen):
         if source.is_cached and chosen:
             rows = math.ceil(chosen / order.n_windows)
-            sizes = [shard.get_max_size() for shard in source.shards]
+            sizes = [shard.n_bytes + shard.n_compressed for shard in source.shards]
             window_bytes = math.ceil(rows / source.n_rows * sum(sizes)) + 2 * max(sizes)
             needed += min(2 * window_bytes, sum(sizes))
     limit = sources[0].cache_limit

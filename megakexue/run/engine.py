@@ -112,6 +112,10 @@ class _NoOptimizer(torch.optim.Optimizer):
     def __init__(self, parameters: Iterator[torch.nn.Parameter]) -> None:
         super().__init__(parameters, {"lr": 0.0})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, whose own method imports its compiler: two seconds of each start."""
+        self.param_groups.append(self.defaults | param_group | {"params": list(param_group["params"])})
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         pass
 
@@ -134,6 +138,8 @@ def start(config: EngineConfig, facts: dict[str, str] | None = None) -> dist.Ran
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    # the decorator of an optimizer that we do not use: it imports torch's compiler, for two seconds
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     # about what they call themselves, which no user can change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
     if get_accelerator().device_name() == "cpu":

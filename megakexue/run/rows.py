@@ -64,7 +64,7 @@ class Rows:
             file, offsets = self._open[shard]
             row, part = divmod(row, source.n_parts)
             begin, end = int(offsets[row]), int(offsets[row + 1])
-            tokens = source.shards[index].decode_sample(os.pread(file, end - begin, begin))["tokens"]
+            tokens = source.shards[index].decode(os.pread(file, end - begin, begin))
             length = (len(tokens) - 1) // source.n_parts
             return tokens[part * length : (part + 1) * length + 1]
 

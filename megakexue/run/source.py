@@ -1,10 +1,11 @@
 """A source: one split of one folder of prepared data, local or remote, and the cache of shards.
 
-The storage is that of mosaicml-streaming: its MDS shards, downloaders, decompression and hashes. Its StreamingDataset
-is not used. It gives random access by shared memory, which costs more than it gives: two jobs that start together on
-one node take the same names; a killed job leaves names behind, and the clean-up that removes them harms live jobs;
-after a failed download the other ranks wait for ever; the next start trusts a shard that is half downloaded; and
-`cache_limit` may delete a local source.
+The storage is that of mosaicml-streaming: its MDS shards, downloaders and decompression. Only a source that is
+downloaded or decompressed imports it, which takes longer than importing torch. Its StreamingDataset is not used. It
+gives random access by shared memory, which costs more than it gives: two jobs that start together on one node take the
+same names; a killed job leaves names behind, and the clean-up that removes them harms live jobs; after a failed
+download the other ranks wait for ever; the next start trusts a shard that is half downloaded; and `cache_limit` may
+delete a local source.
 
 What must stay true: files are the only state that processes share. A shard is downloaded to a temporary folder,
 checked, and renamed into the cache, under a lock that the kernel frees when its holder dies. So ranks need no barrier,
@@ -15,6 +16,7 @@ never written.
 import errno
 import hashlib
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -22,17 +24,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from streaming.base.format.mds import MDSReader
-from streaming.base.hashing import get_hash
-from streaming.base.storage import CloudDownloader
-from streaming.base.stream import Stream
-from streaming.base.util import bytes_to_int
-from streaming.base.world import World
+import numpy.typing as npt
+import xxhash
 
 from megakexue.config import DataConfig, SourceConfig, UserError, require
 from megakexue.files import lock, temporary_folder, writing
@@ -41,6 +39,26 @@ from megakexue.text.manifest import Manifest, check_tokenizer, read_manifest, ro
 log = logging.getLogger("megakexue")
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What index.json says of one shard."""
+
+    info: dict[str, Any]
+    """All of it, in streaming's words."""
+    name: str
+    samples: int
+    n_bytes: int
+    hashes: dict[str, str]
+    n_compressed: int
+    """Bytes of the compressed file; 0: it is not compressed."""
+    columns: dict[str, str]
+    """The encoding of each."""
+
+    def decode(self, row: bytes) -> npt.NDArray[np.unsignedinteger]:
+        """Return the tokens of a row, uint16 or uint32."""
+        return np.frombuffer(row, self.columns["tokens"].split(":")[1])
 
 
 class Source:
@@ -57,7 +75,7 @@ class Source:
         self.n_attempts = 1 + config.download_retries if source.is_remote else 1
         limit = config.cache_limit
         try:
-            self.cache_limit = None if limit is None else bytes_to_int(limit)
+            self.cache_limit = None if limit is None else bytes_of(limit)
         except ValueError as error:
             raise UserError(f"data.cache_limit={limit!r} is not a number of bytes such as 200gb") from error
         require(source.is_remote or Path(self.remote).is_dir(), f"data.sources: no such folder: {source.path}")
@@ -66,7 +84,7 @@ class Source:
         self.n_parts = rows_divided(self.manifest, source.path, config.seq_len)
         """Rows of this run that a prepared row makes."""
         n_prepared = self.manifest.n_rows(split)
-        self.shards: list[MDSReader] = self._read_index() if n_prepared else []
+        self.shards = self._read_index() if n_prepared else []
         rows = [shard.samples for shard in self.shards]
         is_sound = all(isinstance(n, int) and 0 <= n <= n_prepared for n in rows)
         require(
@@ -80,14 +98,16 @@ class Source:
         )
         self.shard_rows = np.array(rows, dtype=np.int64) * self.n_parts
         self.n_rows = n_prepared * self.n_parts
-        self.is_cached = source.is_remote or any(shard.compression for shard in self.shards)
+        self.is_cached = source.is_remote or any(shard.n_compressed for shard in self.shards)
         name = f"{Path(self.remote).name}-{hashlib.sha256(self.remote.encode()).hexdigest()[:8]}"
+        if self.is_cached:
+            import streaming.base.stream  # noqa: F401  # a thread that reads ahead would have to wait for it
         self.folder = (cache / "shards" / name if self.is_cached else Path(self.remote)) / split
         self.verified: set[int] = set()
 
     def name(self, index: int) -> str:
         """Name a shard for messages."""
-        return f"{self.path}/{self.split}/{self.shards[index].raw_data.basename}"
+        return f"{self.path}/{self.split}/{self.shards[index].name}"
 
     def _attempt(self, what: str, action: Callable[[], T]) -> T:
         """Call `action` until it succeeds, at most `n_attempts` times, waiting longer each time."""
@@ -114,41 +134,44 @@ class Source:
     def _read_manifest(self) -> Manifest:
         with temporary_folder() as folder:
             target = folder / "manifest.json"
-            arguments = f"{self.remote}/manifest.json", str(target), self.config.download_timeout_s
-            self._attempt("manifest.json", lambda: CloudDownloader.get(self.remote).download(*arguments))
+            self._attempt("manifest.json", lambda: self._copy("manifest.json", target))
             manifest = read_manifest(self.path, target)
         check_tokenizer(manifest, self.path, self.config.tokenizer)
         return manifest
 
-    def _read_index(self) -> list[MDSReader]:
+    def _read_index(self) -> list[Shard]:
         """Read the shard index anew at each start, so that a cache never outlives the data it was filled from."""
-        with temporary_folder() as folder:
-            alone = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-            get_shards = partial(self._stream(str(folder)).get_shards, alone, allow_unsafe_types=False)
-            readers = self._attempt(f"{self.split}/index.json", get_shards)
-        shards = [reader for reader in readers if isinstance(reader, MDSReader)]
-        require(shards == readers, f"data source {self.path}: {self.split} is not in MDS format: prepare it again")
+
+        def read() -> list[Shard]:
+            with temporary_folder() as folder:
+                self._copy(f"{self.split}/index.json", folder / "index.json")
+                return read_index(folder / "index.json")
+
+        shards = self._attempt(f"{self.split}/index.json", read)
+        is_mds = all(shard.info["format"] == "mds" for shard in shards)
+        require(is_mds, f"data source {self.path}: {self.split} is not in MDS format: prepare it again")
         wanted = [f"ndarray:{dtype}:{self.manifest.seq_len + 1}" for dtype in ("uint16", "uint32")]
         for shard in shards:
-            columns = dict(zip(shard.column_names, shard.column_encodings))
             require(
-                list(columns) == ["tokens"] and columns["tokens"] in wanted,
-                f"data source {self.path}: the rows of {self.split}/{shard.raw_data.basename} are {columns}, but "
+                list(shard.columns) == ["tokens"] and shard.columns["tokens"] in wanted,
+                f"data source {self.path}: the rows of {self.split}/{shard.name} are {shard.columns}, but "
                 f"seq_len={self.manifest.seq_len} of manifest.json needs {{'tokens': '{wanted[0]}'}} or uint32: "
                 "prepare the data again",
             )
         return shards
 
-    def _stream(self, folder: str) -> Stream:
-        return Stream(
-            remote=self.remote, local=folder, split=self.split, keep_zip=False,
-            download_retry=1,  # this counts attempts; `_attempt` repeats the check of the hash as well
-            download_timeout=self.config.download_timeout_s,
-        )  # fmt: skip
+    def _copy(self, name: str, target: Path) -> None:
+        """Copy a small file of the source to a path."""
+        if "://" not in self.remote:
+            shutil.copyfile(Path(self.remote, name), target)
+            return
+        from streaming.base.storage import CloudDownloader
+
+        CloudDownloader.get(self.remote).download(f"{self.remote}/{name}", str(target), self.config.download_timeout_s)
 
     def fetch(self, index: int) -> Path:
         """Have a shard on disk and return its path. Raises UserError when the attempts are used up."""
-        basename = self.shards[index].raw_data.basename
+        basename = self.shards[index].name
         path = self.folder / basename
         if not self.is_cached or is_touched(path):
             return path
@@ -169,14 +192,22 @@ class Source:
             self._download_into_cache(index, path)
 
     def _download_into_cache(self, index: int, path: Path) -> None:
+        from streaming.base.format import reader_from_json
+        from streaming.base.stream import Stream
+
         shard = self.shards[index]
         if self.cache_limit is not None:
-            evict(self.cache, self.cache_limit - shard.get_max_size())
+            evict(self.cache, self.cache_limit - shard.n_bytes - shard.n_compressed)
         # the same name each time, under the lock: what a killed run left behind is cleared here
         folder = self.cache / "tmp" / f"{socket.gethostname()}-{self._name(path)}"
         shutil.rmtree(folder, ignore_errors=True)
-        self._stream(str(folder)).prepare_shard(shard)
-        downloaded = folder / self.split / shard.raw_data.basename
+        stream = Stream(
+            remote=self.remote, local=str(folder), split=self.split, keep_zip=False,
+            download_retry=1,  # this counts attempts; `_attempt` repeats the check of the hash as well
+            download_timeout=self.config.download_timeout_s,
+        )  # fmt: skip
+        stream.prepare_shard(reader_from_json(str(folder), self.split, shard.info))
+        downloaded = folder / self.split / shard.name
         with open(downloaded, "rb") as file:
             if not is_intact(file.fileno(), shard):
                 raise OSError("damaged: its size or hash is not what index.json says")
@@ -220,6 +251,26 @@ class Source:
         )
 
 
+def read_index(path: Path) -> list[Shard]:
+    """Read an index.json, of which anything may be wrong: the errors are of any kind."""
+    index, shards = json.loads(path.read_bytes()), []
+    for info in index["shards"]:
+        if not info["version"] == index["version"] == 2:
+            raise ValueError("its version is not 2")
+        raw, compressed = info["raw_data"], info["zip_data"]
+        columns = dict(zip(info["column_names"], info["column_encodings"])) if info["format"] == "mds" else {}
+        n_compressed = compressed["bytes"] if compressed else 0
+        shards.append(Shard(info, raw["basename"], info["samples"], raw["bytes"], raw["hashes"], n_compressed, columns))
+    return shards
+
+
+def bytes_of(text: str) -> int:
+    """Return how many bytes are meant by a text such as 200gb. Raises ValueError."""
+    from streaming.base.util import bytes_to_int
+
+    return bytes_to_int(text)
+
+
 def is_touched(path: Path) -> bool:
     """Mark a file as just used, for `evict`; False when there is none."""
     try:
@@ -229,12 +280,14 @@ def is_touched(path: Path) -> bool:
     return True
 
 
-def is_intact(file: int, shard: MDSReader) -> bool:
+def is_intact(file: int, shard: Shard) -> bool:
     """Compare an open shard's size, and its hash if the index has one, with the index."""
-    if os.fstat(file).st_size != shard.raw_data.bytes:
+    if os.fstat(file).st_size != shard.n_bytes:
         return False
-    name = next(iter(shard.raw_data.hashes), None)
-    return name is None or get_hash(name, os.pread(file, shard.raw_data.bytes, 0)) == shard.raw_data.hashes[name]
+    for name, expected in shard.hashes.items():
+        make = getattr(xxhash, name) if name in xxhash.algorithms_available else getattr(hashlib, name)
+        return make(os.pread(file, shard.n_bytes, 0)).hexdigest() == expected
+    return True
 
 
 @contextmanager

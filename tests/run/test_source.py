@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from streaming.base.format.mds import MDSReader
 
 import megakexue.run.source as source_module
 from megakexue.config import UserError
@@ -157,7 +156,7 @@ def test_a_good_copy_is_not_discarded_in_place_of_the_damaged_one_before_it(
     damage(path)
     is_intact = source_module.is_intact
 
-    def is_slowly_intact(file: int, shard: MDSReader) -> bool:
+    def is_slowly_intact(file: int, shard: source_module.Shard) -> bool:
         """While the damage is found, another process finds it as well, and downloads the shard again."""
         monkeypatch.setattr(source_module, "is_intact", is_intact)
         verdict = is_intact(file, shard)

@@ -41,6 +41,7 @@ from tests.helpers import (
     tiny_run,
     train_all,
 )
+from tests.programs import run_python
 from tests.ranks import free_port, run_on_ranks
 
 
@@ -272,6 +273,20 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> Non
     resolved = load_config(run / "config.yaml")
     assert isinstance(resolved.model.rope.base, float) and resolved.model.residual_alpha is not None
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
+
+
+def test_a_start_imports_neither_streaming_nor_torchs_compiler(prepared: Prepared, tmp_path: Path) -> None:
+    # which take longer than all else: a source on this disk and eager blocks need neither
+    code = """
+import sys
+from megakexue.config import load_config
+from megakexue.run.train import train
+
+train(load_config("configs/tiny_gqa.yaml", sys.argv[1:]))
+print(sorted({"streaming", "torch._dynamo", "torch._inductor"} & sys.modules.keys()))
+"""
+    done = run_python(code, *tiny_run(prepared, tmp_path / "run", "train.steps=2", "evaluate.every_steps=null"))
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
 
 
 def train_poisoned(config: Config, factors: dict[int, float]) -> str:
