@@ -21,7 +21,7 @@ from megakexue.launcher import (
     read_ranks,
     said_once,
 )
-from tests.conftest import Prepared
+from tests.conftest import Popen, Prepared
 from tests.helpers import ROOT, records, tiny_run
 from tests.programs import run_python, run_without_torch
 from tests.ranks import free_port
@@ -271,7 +271,7 @@ def test_programs_refuse_before_torch_is_there(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
-def test_two_tasks_of_srun_train_as_two_ranks(prepared: Prepared, tmp_path: Path) -> None:
+def test_two_tasks_of_srun_train_as_two_ranks(prepared: Prepared, tmp_path: Path, popen: Popen) -> None:
     options = ["train.steps=2", "evaluate.every_steps=null", "train.micro_batch_size=8"]
     command = [sys.executable, "launch/train.py", "configs/tiny_gqa.yaml", *tiny_run(prepared, tmp_path, *options)]
     own = {name: value for name, value in os.environ.items() if not name.startswith(STARTED)}
@@ -280,9 +280,9 @@ def test_two_tasks_of_srun_train_as_two_ranks(prepared: Prepared, tmp_path: Path
         "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     tasks = [
-        subprocess.Popen(
+        popen(
             command, cwd=ROOT, env=own | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in (0, 1)
     ]  # fmt: skip

@@ -30,7 +30,7 @@ from megakexue.core.batch import make_batch
 from megakexue.core.decoder import Cache, Decoder, initial_weight
 from megakexue.core.resolve import resolve
 from megakexue.text.tokenizer import SentencePiece, Tokenizer
-from tests.conftest import Prepared
+from tests.conftest import Popen, Prepared
 from tests.helpers import ROOT
 from tests.programs import run_without_torch
 from tests.ranks import run_on_ranks
@@ -493,24 +493,16 @@ def test_the_program_continues_a_batch(bundle: Bundle, model: Decoder, tokenizer
 
 
 @pytest.mark.slow
-def test_text_streams_and_a_reader_may_leave(bundle: Bundle) -> None:
+def test_text_streams_and_a_reader_may_leave(bundle: Bundle, popen: Popen) -> None:
     arguments = ["--prompt", "def", "--n-tokens", "1000000", "--temperature", "50"]
-    process = subprocess.Popen(
-        [sys.executable, PROGRAM, bundle.folder, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
+    command = [sys.executable, PROGRAM, bundle.folder, *arguments]
+    process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, text=False)
     assert process.stdout is not None and process.stderr is not None
-    try:
-        assert process.stdout.read(20)[:3] == b"def"
-        assert process.poll() is None
-        process.stdout.close()
-        stderr = process.stderr.read().decode()
-        assert process.wait(60) == 141  # as of a program that SIGPIPE ended
-    finally:
-        process.kill()
-        process.stderr.close()
+    assert process.stdout.read(20)[:3] == b"def"
+    assert process.poll() is None
+    process.stdout.close()
+    stderr = process.stderr.read().decode()
+    assert process.wait(60) == 141  # as of a program that SIGPIPE ended
     assert "Traceback" not in stderr and "BrokenPipe" not in stderr
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Prepared
+from tests.conftest import Popen, Prepared
 from tests.helpers import ROOT, column, tiny_config, tiny_run, train_all
 from tests.hosts import Host, pid_of, two_hosts
 from tests.ranks import FIXED, free_port, run_on_ranks
@@ -169,8 +169,8 @@ def test_deepspeed_env_is_written_for_its_owner_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_lets_the_ranks_save_once(number: int, folder: Path) -> None:
-    process = subprocess.Popen(command(folder, "wait:save", "wait:save"), stdout=subprocess.PIPE, text=True)
+def test_a_signal_lets_the_ranks_save_once(number: int, folder: Path, popen: Popen) -> None:
+    process = popen(command(folder, "wait:save", "wait:save"), stdout=subprocess.PIPE)
     pids = waiting(folder)
     process.send_signal(number)
     process.send_signal(number)  # so soon after, it is the same request
@@ -179,8 +179,8 @@ def test_a_signal_lets_the_ranks_save_once(number: int, folder: Path) -> None:
     assert alive(pids) == [] and len(ports(folder)) == 1
 
 
-def test_a_second_signal_kills_what_does_not_listen(folder: Path) -> None:
-    process = subprocess.Popen(command(folder, "wait:deaf", "wait:save"), stderr=subprocess.PIPE, text=True)
+def test_a_second_signal_kills_what_does_not_listen(folder: Path, popen: Popen) -> None:
+    process = popen(command(folder, "wait:deaf", "wait:save"), stderr=subprocess.PIPE)
     pids = waiting(folder)
     process.send_signal(signal.SIGINT)
     time.sleep(6.5)
@@ -192,10 +192,8 @@ def test_a_second_signal_kills_what_does_not_listen(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["launcher", "supervisor"])
-def test_nothing_is_left_after_a_kill(victim: str, folder: Path) -> None:
-    process = subprocess.Popen(
-        command(folder, "wait", "wait:save", options=("--retries", "0")), stderr=subprocess.DEVNULL
-    )
+def test_nothing_is_left_after_a_kill(victim: str, folder: Path, popen: Popen) -> None:
+    process = popen(command(folder, "wait", "wait:save", options=("--retries", "0")), stderr=subprocess.DEVNULL)
     pids = waiting(folder)
     os.kill(process.pid if victim == "launcher" else pids[2], signal.SIGKILL)
     process.wait(timeout=40)
@@ -206,12 +204,12 @@ def test_nothing_is_left_after_a_kill(victim: str, folder: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_screen_that_is_gone_does_not_end_a_run(folder: Path) -> None:
+def test_a_screen_that_is_gone_does_not_end_a_run(folder: Path, popen: Popen) -> None:
     (folder / "program.py").write_text(
         "import os, sys, time\nfor i in range(20): print(i); print(i, file=sys.stderr); time.sleep(0.05)\n"
         "open(f'{sys.argv[0]}.{os.environ[\"RANK\"]}', 'w')\n"
     )
-    process = subprocess.Popen(command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = popen(command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
     process.stdout.read(1)
     process.stdout.close()

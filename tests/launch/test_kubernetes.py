@@ -11,7 +11,7 @@ import yaml
 
 from megakexue.config import load_config
 from megakexue.hosts import is_passed
-from tests.conftest import Prepared
+from tests.conftest import Popen, Prepared
 from tests.helpers import ROOT, column, tiny_run
 from tests.launch.conftest import N_STEPS
 from tests.ranks import free_port
@@ -23,7 +23,9 @@ NODES, RANKS = (int(word.partition("=")[2]) for word in CONTAINER["command"][2:]
 
 
 @pytest.mark.slow
-def test_two_pods_give_the_losses_of_two_local_ranks(prepared: Prepared, reference: Path, tmp_path: Path) -> None:
+def test_two_pods_give_the_losses_of_two_local_ranks(
+    prepared: Prepared, reference: Path, tmp_path: Path, popen: Popen
+) -> None:
     variables = {entry["name"]: entry["value"] for entry in CONTAINER["env"]} | DOCUMENTS["ConfigMap"]["data"]
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     _, program, nodes, _ = CONTAINER["command"]
@@ -33,7 +35,7 @@ def test_two_pods_give_the_losses_of_two_local_ranks(prepared: Prepared, referen
     pods = []
     for index in range(NODES):
         environment = os.environ | variables | {"PYTHONPATH": str(ROOT), "JOB_COMPLETION_INDEX": str(index)}
-        pods.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.STDOUT))
+        pods.append(popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.STDOUT))
     said = [pod.communicate(timeout=300)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
     assert column(tmp_path / "run") == column(reference)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Popen
 from tests.helpers import ROOT
 
 # Each rank ends as the argument with its number on the node says.
@@ -43,22 +44,20 @@ def programs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *ends: str, index: str = "1") -> subprocess.Popen[str]:
+def start(popen: Popen, folder: Path, *ends: str, index: str = "1") -> subprocess.Popen[str]:
     command = [sys.executable, "pod.py", "--nodes=3", f"--ranks={len(ends)}", "program.py", *ends]
     environment = os.environ | {"JOB_COMPLETION_INDEX": index, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def test_one_exit_code_for_the_ranks_of_a_node(programs: Path) -> None:
+def test_one_exit_code_for_the_ranks_of_a_node(programs: Path, popen: Popen) -> None:
     cases = {
         "0 0": 0, "75 75": 75, "2 2": 2, "75 1": 1, "0 75": 1, "75 2": 2, "1 2": 2, "kill 2": 2, "kill kill": 1,
         "1 hang": 1, "2 hang": 2, "save save": 75, "save hang": 1, "save early": 75,
     }  # fmt: skip
     for signalled in (False, True):
         chosen = {ends: code for ends, code in cases.items() if ends.startswith("save") == signalled}
-        running = {ends: start(programs, *ends.split()) for ends in chosen}
+        running = {ends: start(popen, programs, *ends.split()) for ends in chosen}
         for ends, process in running.items():
             assert process.stdout is not None
             said = ""
@@ -72,8 +71,8 @@ def test_one_exit_code_for_the_ranks_of_a_node(programs: Path) -> None:
             assert sorted(places) == ["place 2 6 0 2", "place 3 6 1 2"], (ends, said)
 
 
-def test_a_place_that_cannot_be_is_one_line(programs: Path) -> None:
-    process = start(programs, "0", index="3")
+def test_a_place_that_cannot_be_is_one_line(programs: Path, popen: Popen) -> None:
+    process = start(popen, programs, "0", index="3")
     assert process.communicate()[0] == (
         "error: JOB_COMPLETION_INDEX=3 must be a whole number from 0 to 2: an indexed Job sets it\n"
     )

@@ -27,7 +27,7 @@ from megakexue.run.export import export_run
 from megakexue.text.manifest import read_manifest
 from megakexue.text.prepare import PrepareArguments, prepare
 from megakexue.text.tokenizer_files import tokenizer_sha256
-from tests.conftest import Prepared, stdlib_files
+from tests.conftest import Popen, Prepared, stdlib_files
 from tests.foreign import byte_level, foreign_model
 from tests.helpers import (
     ROOT,
@@ -211,7 +211,7 @@ def same_bits(folder: Path, step: int) -> None:
     assert a.keys() == b.keys() and all(a[name] == b[name] for name in a if name != "trainer.json")
 
 
-def launch(prepared: Prepared, run: Path, *overrides: str) -> subprocess.Popen:
+def launch(popen: Popen, prepared: Prepared, run: Path, *overrides: str) -> subprocess.Popen[str]:
     """The command of the README on two ranks, as a session of its own that can be killed whole."""
     command = [
         "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py",
@@ -219,26 +219,24 @@ def launch(prepared: Prepared, run: Path, *overrides: str) -> subprocess.Popen:
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    return popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.slow
-def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path) -> None:
+def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path, popen: Popen) -> None:
     options = ["train.steps=30", "checkpoint.every_steps=5", "engine.zero_stage=3", "evaluate.every_steps=null",
                "metrics.peak_tflops=null"]  # fmt: skip
-    killed = launch(prepared, tmp_path / "killed", *options)
+    killed = launch(popen, prepared, tmp_path / "killed", *options)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 17):
-        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[0]
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     output = killed.communicate()[0]
     assert len(records(tmp_path / "killed")) < 30
-    again = launch(prepared, tmp_path / "killed", *options)
+    again = launch(popen, prepared, tmp_path / "killed", *options)
     output_again = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output_again
     resumed = re.search(r"\nstart       resumed from\s+\S*step_000000(15|20|25)\n", output_again)

@@ -32,6 +32,7 @@ from megakexue.text.prepare import Progress, Workers, prepare
 from megakexue.text.tokenizer import SentencePiece
 from megakexue.text.tokenizer_files import load_tokenizer
 from megakexue.text.tokenizer_json import read_spec
+from tests.conftest import Popen
 from tests.foreign import byte_level
 from tests.helpers import ROOT
 from tests.text.helpers import BOS, EOS, PAD, STDLIB, TEXTS, arguments, documents_in, rows_of, stream_of, write_lines
@@ -296,12 +297,12 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_kill_9_leaves_nothing_to_trust(model: Path, tmp_path: Path) -> None:
+def test_kill_9_leaves_nothing_to_trust(model: Path, tmp_path: Path, popen: Popen) -> None:
     texts = [path.read_text() for path in sorted(STDLIB.glob("*.py"))]
     write_lines(tmp_path / "a.jsonl.gz", texts)
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, TOOL, tmp_path / "a.jsonl.gz", "--tokenizer", model, "--out", out, "--seq-len", "64"]
-    process = subprocess.Popen([*map(str, command), "--processes", "2"], stdout=subprocess.DEVNULL)
+    process = popen([*map(str, command), "--processes", "2"], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not (partial / "spool" / "3").exists():
         assert time.monotonic() < deadline and process.poll() is None
