@@ -3,10 +3,7 @@
 import base64
 import os
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -21,10 +18,8 @@ from megakexue.launcher import (
     read_ranks,
     said_once,
 )
-from tests.conftest import Popen, Prepared
-from tests.helpers import ROOT, records, tiny_run
+from tests.helpers import ROOT
 from tests.programs import run_python, run_without_torch
-from tests.ranks import free_port
 
 STARTED = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI", "MPI_", "SLURM_", "MEGAKEXUE_")
 """How the names of variables begin by which processes learn of one another."""
@@ -268,25 +263,3 @@ def test_programs_refuse_before_torch_is_there(monkeypatch: pytest.MonkeyPatch, 
         given(monkeypatch, values)
         ((code, _, err),) = run_without_torch(ROOT / program, [[str(ROOT / "configs" / "tiny_gqa.yaml")]])
         assert code == 2 and err.count("\n") == lines and (not lines or "error: " in err), err
-
-
-@pytest.mark.slow
-def test_two_tasks_of_srun_train_as_two_ranks(prepared: Prepared, tmp_path: Path, popen: Popen) -> None:
-    options = ["train.steps=2", "evaluate.every_steps=null", "train.micro_batch_size=8"]
-    command = [sys.executable, "launch/train.py", "configs/tiny_gqa.yaml", *tiny_run(prepared, tmp_path, *options)]
-    own = {name: value for name, value in os.environ.items() if not name.startswith(STARTED)}
-    own |= {
-        "SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
-        "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    tasks = [
-        popen(
-            command, cwd=ROOT, env=own | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    outputs = [task.communicate(timeout=300)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], "\n".join(outputs)
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
-    assert [record["step"] for record in records(tmp_path)] == [1, 2]

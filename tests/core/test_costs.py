@@ -207,8 +207,8 @@ def test_memory_of_a_small_model_at_each_stage() -> None:
 def test_memory_of_two_more_sizes_at_each_stage() -> None:
     """Mostly activations, and a loss of several chunks; and a larger model, mostly weights and gradients."""
     compare([
-        *(Case(stage=stage, dtype="fp32", t=256, rows=8) for stage in range(4)),
-        *(Case(stage=stage, m=384, f=1024, t=64, n_micro=1) for stage in range(4)),
+        *(Case(stage=stage, dtype="fp32", t=256, rows=8, n_layers=2, n_micro=1) for stage in range(4)),
+        *(Case(stage=stage, m=384, f=1024, t=64, n_micro=1, n_layers=2) for stage in range(4)),
     ])  # fmt: skip
 
 

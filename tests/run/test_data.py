@@ -5,9 +5,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from megakexue.config import IGNORED, SourceConfig, StageConfig, UserError
+from megakexue.config import IGNORED, DataConfig, SourceConfig, StageConfig, UserError
 from megakexue.core.batch import Batch, Position
 from megakexue.run.data import Interrupted
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, start_on_ranks
 from tests.sources import (
     PAD,
     VOCAB,
@@ -347,16 +344,10 @@ def test_two_ranks_in_two_processes_share_a_cache(tmp_path: Path) -> None:
     assert first == second == expected
 
 
-CHILD = """
-import sys
-from tests.sources import data_config, open_batches, tokens_of
-from pathlib import Path
-folder, path, cache, rank = sys.argv[1:]
-config = data_config(path, tokenizer=folder + "/tokenizer.model")
-batches = open_batches(config, cache, rank=int(rank), world_size=2)
-while True:
-    print(tokens_of([batches.next_step()]), flush=True)
-"""
+def read_for_ever(config: DataConfig, cache: Path) -> None:
+    batches = open_batches(config, cache, rank=int(os.environ["RANK"]), world_size=2)
+    while True:
+        batches.next_step()
 
 
 def in_shared_memory() -> set[str]:
@@ -372,20 +363,14 @@ def test_killed_ranks_leave_nothing_that_stops_the_next_start(tmp_path: Path, bu
     expected = [tokens_of([local.next_step()]) for _ in range(60)]
     bucket.stall = {"a/train/shard.00003.mds"}  # whoever downloads it holds its lock when it is killed
     shared_memory = in_shared_memory()
-    arguments = [str(bucket.folder / "a"), "s3://bucket/a", str(tmp_path / "cache")]
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", CHILD, *arguments, str(rank)], stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
+    ranks = start_on_ranks(2, read_for_ever, config, tmp_path / "cache")
     try:
-        assert bucket.stalled.wait(300)  # starting takes each 9 s of CPU time, whatever else the machine does
+        assert bucket.stalled.wait(300)
         time.sleep(0.5)
     finally:
         for process in ranks:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            process.kill()
+            process.join()
     assert list((tmp_path / "cache/tmp").iterdir())  # they were killed in the middle
     bucket.stall = set()
     bucket.resume.set()

@@ -250,7 +250,6 @@ def test_compiled_stages_are_equal_in_every_bit_and_near_eager(prepared: Prepare
     stages = (1, False), (2, False), (3, False), (3, True)
     kinds = [make_config(prepared, stage=stage, mla=mla, optim=TIGER, rows=4) for stage, mla in stages]
     of_ranks = run_on_ranks(2, counted, [compiled(config) for config in kinds], str(tmp_path / "first"))
-    again = run_on_ranks(2, counted, [compiled(kinds[0])], str(tmp_path / "empty"))
     plain = run_on_ranks(2, counted, [kinds[0], kinds[3]], str(tmp_path / "first"))
     # however many documents the rows have: the two parts of all blocks in training and in evaluation, and of the loss
     # its gradient, the sum over chunks, and the scaling of both gradients
@@ -266,7 +265,6 @@ def test_compiled_stages_are_equal_in_every_bit_and_near_eager(prepared: Prepare
             for name, value in of_kind.items():
                 assert torch.equal(value, first[kind][name]), (where(config), kind, name)
                 assert (value - near[kind][name]).abs().max() <= 2e-3 * value.abs().max() + 1e-7, (i, kind, name)
-    assert repr(again[0][0][0]["results"]) == repr(of_ranks[0][0][0]["results"])  # by kernels that were made anew
 
 
 RECOMPUTE: tuple[dict[str, Any], ...] = (
@@ -330,7 +328,7 @@ def test_rows_in_tiles_are_whole_rows(prepared: Prepared) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="needs g++")
 def test_what_is_computed_again_changes_no_bit_of_compiled_blocks(prepared: Prepared) -> None:
-    kinds = dict(stage=3, dtype="fp32"), dict(stage=2, dtype="bf16", mla=True), dict(stage=1, dtype="bf16")
+    kinds = dict(stage=3, dtype="fp32"), dict(stage=2, dtype="bf16", mla=True)
     bases = [make_config(prepared, optim=TIGER, rows=4, steps=2, **kind) for kind in kinds]  # type: ignore[arg-type]
     configs = [config for base in bases for config in recomputing(base, "on")]
     check_nothing_changes(configs, run_on_ranks(1, many_cases, [(config, False) for config in configs]))
@@ -338,15 +336,14 @@ def test_what_is_computed_again_changes_no_bit_of_compiled_blocks(prepared: Prep
 
 @pytest.mark.slow
 def test_two_ranks_with_the_same_rows_are_one_rank(prepared: Prepared) -> None:
+    # each stage with each dtype, rule and kind; tied or not in turn, so that each pair of settings occurs
     configs = [
-        make_config(prepared, stage=s, dtype=d, tied=t, optim=o, steps=8 if o is TIGER else 4)
-        for o, d, t in itertools.product((TIGER, LION, ADAMW), ("fp32", "bf16"), (False, True))
-        for s in STAGES
-    ]
+        make_config(prepared, stage=s, dtype=d, tied=(o + (d == "bf16") + s) % 2 == 1, optim=optim,
+                    steps=8 if optim is TIGER else 4)
+        for o, optim in enumerate((TIGER, LION, ADAMW)) for d in ("fp32", "bf16") for s in STAGES
+    ]  # fmt: skip
     configs += [make_config(prepared, stage=s, dtype="fp16", optim=o) for o in (TIGER, ADAMW) for s in STAGES]
-    configs += [
-        make_config(prepared, stage=s, dtype=d, mla=True, optim=TIGER) for d in ("fp32", "bf16") for s in STAGES
-    ]
+    configs += [make_config(prepared, stage=s, dtype=("fp32", "bf16")[s // 2], mla=True, optim=TIGER) for s in STAGES]
     configs += [
         make_config(prepared, stage=s, dtype=d, tied=t, emo=True, optim=TIGER)
         for s, d, t in ((1, "fp32", False), (3, "bf16", True), (3, "fp32", False))
@@ -549,7 +546,7 @@ def huge_gradients(configs: list[ResolvedConfig]) -> list[tuple[Any, int]]:
 def test_momentum_accumulates_what_the_gradient_does(prepared: Prepared) -> None:
     # 8634: equal up to the order of float32 sums, without a buffer for the gradient. The clipping of each micro-batch
     # is another thing than that of their mean, so there is none here
-    cases = [(stage, k) for stage in STAGES for k in (1, 2, 8)]
+    cases = [(stage, k) for stage in STAGES for k in (1, 8)]
     configs = [
         make_config(prepared, stage=stage, rows=16, micro=8 // k, steps=3,
                     optim=TIGER | {"clip": None, "accumulate": accumulate})
@@ -590,7 +587,7 @@ def inject(config: ResolvedConfig) -> list[tuple[Any, ...]]:
 
     outcomes = []
     step = 0
-    first = DTYPES.index(config.engine.dtype) + (config.optim.accumulate == "momentum")
+    first = DTYPES.index(config.engine.dtype) + config.engine.zero_stage // 2
     for n, policy in enumerate(POLICIES, start=first):
         value = (math.nan, math.inf)[n % 2]  # at each stage, as at each dtype, every policy meets both
         engine.config = replace(config, guard=replace(config.guard, on_nonfinite=policy))
@@ -635,11 +632,10 @@ def inject_all(configs: list[ResolvedConfig]) -> list[list[tuple[Any, ...]]]:
 @pytest.mark.slow
 def test_one_bad_micro_batch_of_one_rank(prepared: Prepared) -> None:
     configs = [
-        make_config(prepared, stage=stage, dtype=dtype, rows=16, micro=2, optim=TIGER | {"accumulate": accumulate})
-        for stage in STAGES
-        for dtype in DTYPES
-        for accumulate in ("gradient", "momentum")
-    ]
+        make_config(prepared, stage=stage, dtype=dtype, rows=16, micro=2,
+                    optim=TIGER | {"accumulate": ("gradient", "momentum")[(stage + i) % 2]})
+        for stage in STAGES for i, dtype in enumerate(DTYPES)
+    ]  # fmt: skip
     expected = {"shrink": "shrunk", "skip": "skipped", "rollback": "rolled back", "stop": "skipped"}
     for config, ranks in zip(configs, zip(*run_on_ranks(2, inject_all, configs))):
         in_momentum = config.optim.accumulate == "momentum"

@@ -6,8 +6,9 @@ killed: every record of metrics.jsonl, and of the last checkpoint the masters, o
 and the trainer's values. In each attempt at it a step must have held the same samples, and all steps together each
 sample of each epoch once.
 
-Every run is first killed in its first save. Then kills are in turn a rank's own, at one of PLACES after another, and
-from outside, after a random time: of both ranks at once, or of one, and of the other a moment later, as by a launcher.
+Every run is first killed in its first save. Then kills are in turn two of a rank's own, at one of PLACES after another,
+and one from outside, after a random time: of both ranks at once, or of one, and of the other a moment later, as by a
+launcher.
 
 What is drawn is drawn from a seed. A longer drill, an hour on two cores:
 
@@ -40,7 +41,7 @@ from tests.conftest import Prepared, stdlib_files
 from tests.helpers import column, state_hashes, tiny_config
 from tests.ranks import run_on_ranks, start_on_ranks
 
-N_KILLS = int(os.environ.get("MEGAKEXUE_KILLS", "102"))
+N_KILLS = int(os.environ.get("MEGAKEXUE_KILLS", "78"))
 SEED = int(os.environ.get("MEGAKEXUE_SEED", "0"))
 N_STEPS, BATCH = 36, 32
 # the stages differ in all that a checkpoint holds: optimizer state, loss scale, masters beside the weights
@@ -221,7 +222,7 @@ class Drill:
             return None
         if n_before == 0:  # the first save, before which there is nothing to go back to
             return self.draw("sync of a checkpoint", "before")
-        if n_before % 2:
+        if n_before % 3:
             return self.draw(*self.places[0])
         return self.draw(OUTSIDE, self.rng.choice(["both ranks", "one rank"]))
 
@@ -347,6 +348,6 @@ def test_a_run_that_is_killed_anywhere_is_one_that_never_was(
             assert found[what] == expected[what], f"{what} differs after {kills}"
         if drill.done.total() == drill.n_kills:
             break
-    assert N_KILLS < 102 or drill.done.keys() >= set(drill.own), "some place has had no kill"
+    assert N_KILLS < 78 or drill.done.keys() >= set(drill.own), "some place has had no kill"
     lines = [f"{n:4d}  {place}, {moment}" for (place, moment), n in sorted(drill.done.items())]
     print(f"\nZeRO-{stage}: {drill.n_kills} kills in {n_runs} runs, {time.monotonic() - began:.0f} s", *lines, sep="\n")

@@ -255,7 +255,7 @@ def test_mistakes(prepared: Prepared, tmp_path: Path) -> None:
 def test_a_run_that_a_signal_stopped_is_certified(prepared: Prepared, tmp_path: Path) -> None:
     config, out = tmp_path / "config.yaml", tmp_path / "out"
     # steps of a few tenths of a second: the signal must come before the last of them on a busy machine too
-    slow = ["model.d_model=256", "model.d_ff=768", "train.global_batch_size=64", "train.micro_batch_size=1"]
+    slow = ["model.d_model=128", "model.d_ff=384", "train.global_batch_size=64", "train.micro_batch_size=1"]
     options = [*slow, "metrics.statistics_every_steps=100", "checkpoint.keep_every=6"]
     config.write_text(to_yaml(tiny_config(prepared, tmp_path / "unused", *options)))
     arguments = ["--steps", "4", "--ranks", "2", "--kill", "term", "--out", str(out)]
