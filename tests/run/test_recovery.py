@@ -41,7 +41,7 @@ from tests.conftest import Prepared, stdlib_files
 from tests.helpers import column, state_hashes, tiny_config
 from tests.ranks import run_on_ranks, start_on_ranks
 
-N_KILLS = int(os.environ.get("MEGAKEXUE_KILLS", "78"))
+N_KILLS = int(os.environ.get("MEGAKEXUE_KILLS", "84"))
 SEED = int(os.environ.get("MEGAKEXUE_SEED", "0"))
 N_STEPS, BATCH = 36, 32
 # the stages differ in all that a checkpoint holds: optimizer state, loss scale, masters beside the weights
@@ -348,6 +348,6 @@ def test_a_run_that_is_killed_anywhere_is_one_that_never_was(
             assert found[what] == expected[what], f"{what} differs after {kills}"
         if drill.done.total() == drill.n_kills:
             break
-    assert N_KILLS < 78 or drill.done.keys() >= set(drill.own), "some place has had no kill"
+    assert N_KILLS < 84 or drill.done.keys() >= set(drill.own), "some place has had no kill"
     lines = [f"{n:4d}  {place}, {moment}" for (place, moment), n in sorted(drill.done.items())]
     print(f"\nZeRO-{stage}: {drill.n_kills} kills in {n_runs} runs, {time.monotonic() - began:.0f} s", *lines, sep="\n")
