@@ -177,7 +177,7 @@ class RopeConfig:
     """Tokens that the base must serve. None: `data.seq_len`."""
     fraction: float = 1.0
     """Share of a GQA head that is rotated: its last part. For MLA, set `model.mla.d_rope` instead."""
-    extension: Literal["base", "interpolate", "ntk", "ntk_exact", "ntk_mixed", "yarn"] | None = None
+    extension: Literal["base", "interpolate", "ntk", "ntk_exact", "ntk_mixed", "yarn", "llama3"] | None = None
     """How to finetune weights, trained for `trained_context` tokens, for the longer `context`.
     With k = context / trained_context:
     base: use a new base;
@@ -186,7 +186,8 @@ class RopeConfig:
     ntk_exact: multiply the base by k^(d/(d-2)), which divides the lowest frequency by exactly k;
     ntk_mixed: divide the frequency of pair i by exp(a i^ntk_mixed_exponent), with a such that the last pair is divided
     by k (9706);
-    yarn: keep the fast pairs, interpolate the slow ones (9948).
+    yarn: keep the fast pairs, interpolate the slow ones (9948);
+    llama3: the same with the bounds and the division of Llama 3.1 (arXiv 2407.21783), see `llama3_factor`.
     None: the weights are not trained yet, or keep their context."""
     trained_context: int | None = None
     """Tokens that the weights were trained for. Only `extension` uses it."""
@@ -195,6 +196,12 @@ class RopeConfig:
     yarn_temperature: bool | None = None
     """Whether yarn multiplies the attention scores by (0.1 ln k + 1)^2 (9948). None: yes, when `attention.scale` is
     constant. The other scales have a temperature of their own, so with them you must say true or false."""
+    llama3_factor: float | None = None
+    """What llama3 divides the angles of slow pairs by. None: k."""
+    llama3_slow: float = 1.0
+    """A pair that takes fewer turns than this in the trained context is slow (`low_freq_factor`)."""
+    llama3_fast: float = 4.0
+    """A pair that takes more turns than this keeps its angle (`high_freq_factor`); between the two it is a mixture."""
 
     def __post_init__(self) -> None:
         if isinstance(self.base, str):
@@ -225,6 +232,17 @@ class RopeConfig:
         require(0 < exponent <= 1, f"model.rope.ntk_mixed_exponent={exponent} must be in (0, 1]; for 0 use interpolate")
         if self.extension != "yarn":
             no_effect(self, "model.rope.yarn_temperature", f"model.rope.extension={self.extension}: use yarn")
+        self._check_llama3()
+
+    def _check_llama3(self) -> None:
+        if self.extension != "llama3":
+            for name in ("llama3_factor", "llama3_slow", "llama3_fast"):
+                no_effect(self, f"model.rope.{name}", f"model.rope.extension={self.extension}: use llama3")
+        positive(self, "model.rope.llama3_factor", "model.rope.llama3_slow", "model.rope.llama3_fast")
+        require(
+            self.llama3_slow < self.llama3_fast,
+            f"model.rope.llama3_slow={self.llama3_slow} must be below model.rope.llama3_fast={self.llama3_fast}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +269,12 @@ class AttentionConfig:
     softmax_scale: float | None = None
     """The constant part of the factor. None: 1 / sqrt(head width) for dot; 1 for key_norm and cosine; 4 ln(context / 2)
     for cosine with scale=constant. A bundle holds it as a number, since a longer context must not change it."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have a bias, as in Qwen2. It starts at 0, and moves as the gains of norms do:
+    at half of tiger's rate, without decay."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head pass an RMS norm with a gain before they are rotated, as in Qwen3
+    (QK-Norm, arXiv 2010.04245). It bounds the scores, so that larger rates are stable."""
 
     def __post_init__(self) -> None:
         above_one(self, "model.attention.log_n_base", "model.attention.log_n_floor")
@@ -265,6 +289,11 @@ class AttentionConfig:
             "(4 ln(context / 2))",
         )
         positive(self, "model.attention.softmax_scale")
+        require(
+            not self.qk_norm or self.similarity == "dot",
+            f"model.attention.qk_norm=true does not fit similarity={self.similarity}, which is a norm without a gain: "
+            "use one of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +408,8 @@ class ModelConfig:
             f"model.attention.similarity={self.attention.similarity} needs each head's keys, which the cache of "
             "model.mla does not hold: use dot",
         )
+        for name in ("qkv_bias", "qk_norm"):
+            no_effect(self.attention, f"model.attention.{name}", "model.mla: its latents have norms of their own")
 
     def _check_recipe(self) -> None:
         if self.residual != "deepnorm":

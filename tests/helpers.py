@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megakexue.config import (
+    AttentionConfig,
     Config,
     DataConfig,
     EngineConfig,
@@ -130,7 +131,7 @@ def make_config(
     steps: int = 4,
 ) -> ResolvedConfig:
     # sizes that no number of ranks divides, so that partitions cut through tensors and rows
-    kind: dict[str, Any] = dict(n_kv_heads=2, d_head=10)
+    kind: dict[str, Any] = dict(n_kv_heads=2, d_head=10, attention=AttentionConfig(qkv_bias=True, qk_norm=True))
     if mla:
         kind = dict(mla=MlaConfig(d_latent=17, d_query_latent=23, d_nope=7, d_rope=6, d_value=11))
     model = ModelConfig(vocab_size=517, d_model=36, n_layers=2, n_heads=6, d_ff=50, tie_embeddings=tied, **kind)
@@ -207,6 +208,7 @@ def build(config: ResolvedModel, backend: Backend = "reference", dtype: torch.dt
 
 KINDS: dict[str, dict[str, Any]] = {
     "gqa": dict(n_kv_heads=2),
+    "biases and norms of heads": dict(n_kv_heads=2, attention=AttentionConfig(qkv_bias=True, qk_norm=True)),
     "mha": dict(n_kv_heads=6, d_head=10),
     "mqa": dict(n_kv_heads=1, d_head=10),
     "partly rotated": dict(n_kv_heads=2, d_head=12, rope=RopeConfig(fraction=0.5)),

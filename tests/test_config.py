@@ -186,6 +186,19 @@ def test_a_model_from_a_bundle(tmp_path: Path) -> None:
             "model.rope.ntk_mixed_exponent=0.0 must be in (0, 1]; for 0 use interpolate",
         ),
         (["model.rope.yarn_temperature=true"], "model.rope.yarn_temperature=True has no effect with model.rope.exten"),
+        (["model.rope.llama3_slow=2"], "model.rope.llama3_slow=2.0 has no effect with model.rope.extension=None: use "),
+        (
+            ["model.rope.extension=llama3", "model.rope.trained_context=64", "model.rope.llama3_slow=4"],
+            "model.rope.llama3_slow=4.0 must be below model.rope.llama3_fast=4.0",
+        ),
+        (
+            ["model.attention.qk_norm=true", "model.attention.similarity=cosine"],
+            "model.attention.qk_norm=true does not fit similarity=cosine, which is a norm without a gain: use one",
+        ),
+        (
+            ["model.attention.qkv_bias=true", "model.mla={}", "model.n_kv_heads=null"],
+            "model.attention.qkv_bias=True has no effect with model.mla: its latents have norms of their own",
+        ),
         (
             ["model.rope.extension=yarn", "model.rope.trained_context=64"],
             "model.rope.extension=yarn and model.attention.scale=log_n are both temperatures of the softmax: set model",

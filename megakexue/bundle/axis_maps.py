@@ -13,7 +13,8 @@ By letter of the legend (megakexue/core/decoder.py):
     f, h, e    Units, u = 1. fresh, or copy: the readers share among the copies, v = 1/c.
     g          Each query head stays under a copy of its own key/value head.
     d, n, p    Dimensions of queries and keys. Old rotary pairs keep their frequency. New dimensions are silent in the
-               query and fresh in the key; the other way round where the key's length is divided out.
+               query and fresh in the key; the other way round where the key's length is divided out. Where the length
+               of both is, there are no new ones.
     v          Old rows, then fresh ones.
     blocks     An old block, or a new one that adds nothing to the stream.
 
@@ -97,8 +98,9 @@ def make_maps(old: ResolvedModel, new: ResolvedModel, choices: Choices) -> dict[
 
 
 def sides(maps: dict[str, AxisMap], name: str) -> tuple[AxisMap, AxisMap]:
-    """Return the maps of a parameter's output axis and of the axis that it contracts; a gain is one column."""
-    side = "query" if name.split(".")[-1] in ("wq", "wq_up") else "key"
+    """Return the maps of a parameter's output axis and of the axis that it contracts; gain and bias are one column."""
+    part = name.removesuffix(".gain").split(".")[-1]
+    side = "query" if part in ("wq", "wq_up", "bq", "query_norm") else "key"
 
     def merged(letters: str) -> AxisMap:
         return reduce(_merged, (maps[f"{side} {x}" if x in "dnp" else x] for x in letters), _axis_map([0], 1))

@@ -141,7 +141,7 @@ def changed(config: ResolvedModel, changes: list[str]) -> tuple[ResolvedModel, s
         key, equals, text = change.partition("=")
         section, _, name = key.removeprefix("model.").partition(".")
         require(
-            equals == "=" and section in ("attention", "rope") and name != "",
+            equals == "=" and section in ("attention", "rope") and name not in ("", "qkv_bias", "qk_norm"),
             f"--set {change}: it must be attention.NAME=VALUE or rope.NAME=VALUE: nothing else can change without "
             "other weights",
         )

@@ -8,6 +8,8 @@ are to it (the table of megakexue/core/axes.py):
     reads the axis     W' = W V + N      gradient: G U^T,     N U = 0, otherwise random
     copied             W'_i = W_pi(i)    gradient: u_i v_i G_pi(i)         gains of norms, and u = 1
 
+A bias writes its axis, as a matrix of one column does.
+
 Momentum goes the way of the gradient, Adam's second moment with the squares. N restores the energy of a row: RMS(W') =
 RMS(W) sqrt(old/new) of the axis that is read, which is what a new matrix of that size has, and what Tiger's rate goes
 by. Without N, copies get equal gradients, and an optimizer that uses their signs keeps the copies equal for ever.
@@ -110,6 +112,8 @@ class Growth:
         source = self.origin(name)
         if axes(name).role == "gain":
             yield self._gain(name, None if source is None else read(source))
+        elif axes(name).role == "bias":
+            yield self._bias(name, None if source is None else read(source))
         elif source is None:
             yield from self._new_matrix(name, read)
         else:
@@ -118,10 +122,17 @@ class Growth:
     def _gain(self, name: str, old: Tensor | None) -> Tensor:
         out, _ = sides(self.maps, name)
         if old is not None:
-            return old.double()[out.index]
+            return old.double()[out.index] * self.scale(name)
         # behind DeepNorm's norm the stream must come out of a new block as it went in
         start = 1.0 if self.new.residual == "deepnorm" else self.new.gain_centre
         return torch.full((len(out),), start, dtype=torch.float64)
+
+    def _bias(self, name: str, old: Tensor | None) -> Tensor:
+        """0 where it is new: a fresh unit and a new block begin without a bias, as new weights do."""
+        out, _ = sides(self.maps, name)
+        if old is None:
+            return torch.zeros(len(out), dtype=torch.float64)
+        return (old.double()[out.index] * out.write * self.scale(name)).where(~out.fresh, 0.0)
 
     def _matrix(self, name: str, old: Tensor) -> Iterator[Tensor]:
         """A matrix that grows from an old one."""
@@ -203,16 +214,18 @@ class Growth:
             else:
                 by = rows_by[rows, None] * columns_by
                 chunk = (old[out.index[rows]].double()[:, contracted.index] * by).where(by != 0, fill)
-            yield chunk[:, 0] if role == "gain" else chunk
+            yield chunk[:, 0] if role in ("gain", "bias") else chunk
 
 
 def _absorbed_scales(old: ResolvedModel, new: ResolvedModel) -> dict[str, float]:
     """What makes up for a scale of the target that differs, in each parameter that it multiplies."""
-    query = "wq_up" if new.mla and new.mla.d_query_latent else "wq"
+    queries = ["wq_up"] if new.mla and new.mla.d_query_latent else ["wq", "bq"]
+    if new.attention.qk_norm:  # which undoes the scale of what comes before it
+        queries = ["query_norm.gain"]
     alpha = new.residual_alpha / old.residual_alpha
     scales = {
         "embedding.weight": old.embed_scale / new.embed_scale,
-        f"blocks.attention.{query}": old.attention.softmax_scale / new.attention.softmax_scale,
+        **{f"blocks.attention.{name}": old.attention.softmax_scale / new.attention.softmax_scale for name in queries},
         "blocks.attention.wo": alpha, "blocks.feed_forward.w_down": alpha,
     }  # fmt: skip
     return scales if new.tie_embeddings else scales | {"head.weight": old.logit_scale / new.logit_scale}

@@ -73,7 +73,9 @@ def _check_settings(old: ResolvedModel, new: ResolvedModel) -> None:
     """Refuse another value of what the function depends on and is not a size."""
     keys = ["norm_eps", "residual", "gain_centre"]
     keys += [f"attention.{name}" for name in ("scale", "similarity", "log_n_base", "log_n_floor")]
+    keys += ["attention.qkv_bias", "attention.qk_norm"]
     keys += [f"rope.{name}" for name in ("extension", "trained_context", "ntk_mixed_exponent", "yarn_temperature")]
+    keys += [f"rope.{name}" for name in ("llama3_factor", "llama3_slow", "llama3_fast")]
     if old.rope.extension not in (None, "base"):
         keys.append("rope.context")
     if old.attention.similarity == "cosine":  # whose queries are normed, so that they cannot make up for it
@@ -109,11 +111,14 @@ def _check_heads(old: ResolvedModel, new: ResolvedModel) -> None:
             f"model.rope.fraction={new.rope.fraction:g} {what} {b} dimensions of a head of {new.head_width}, fewer "
             f"than the {a} of the weights: set model.rope.fraction={old.rotary_width / new.head_width:g}",
         )
-    require(
-        old.attention.similarity != "cosine" or old.head_width == new.head_width,
-        f"model.d_head={new.head_width}: attention.similarity=cosine would have new dimensions be silent in "
-        f"query and key, and could not learn: set model.d_head={old.head_width} and grow model.n_heads",
-    )
+    normed = {"attention.similarity=cosine": old.attention.similarity == "cosine"}
+    normed["attention.qk_norm=true"] = old.attention.qk_norm
+    for setting, norms_both in normed.items():
+        require(
+            not norms_both or old.head_width == new.head_width,
+            f"model.d_head={new.head_width}: {setting} would have new dimensions be silent in "
+            f"query and key, and could not learn: set model.d_head={old.head_width} and grow model.n_heads",
+        )
 
 
 def _check_groups(old: ResolvedModel, new: ResolvedModel) -> None:

@@ -7,12 +7,13 @@
       modeling_megakexue.py          only where no class of transformers computes the model
       README.md                      the model card
 
-The scales of a model that depend on no position fold into its weights. A pre-norm model is then a plain Llama, or with
-latent attention a DeepSeek-V3 whose layers are all dense:
+The scales of a model that depend on no position fold into its weights. A pre-norm model is then a plain Llama, with
+biases of queries, keys and values a Qwen2, with norms of queries and keys a Qwen3, or with latent attention a
+DeepSeek-V3 whose layers are all dense:
 
     embedding           x embed_scale
     head                x logit_scale; a tied one has the embedding's factor, so the last gain gets the quotient
-    query projection    x the scale of attention x sqrt(head width), since these classes divide by it
+    query projection    x the scale of attention x sqrt(head width), since these classes divide by it; or its norm
 
 What must stay true: a plain class is taken only where transformers, vLLM and SGLang compute it alike; weights are
 folded in float64 and rounded once; the folder appears whole, and after the check if there is one.
@@ -32,10 +33,10 @@ from torch import Tensor
 
 from megakexue import __version__
 from megakexue.bundle.bundle import Bundle, save_tensors
+from megakexue.bundle.families import head_rows, is_rotated, permuted, their_names, their_weight
 from megakexue.bundle.hf_check import Agreement, compare
 from megakexue.bundle.hf_tokenizer import tokenizer_json
 from megakexue.config import ResolvedModel, require, to_yaml
-from megakexue.core.axes import parameter_names
 from megakexue.core.bases import powers
 from megakexue.core.costs import n_parameters
 from megakexue.core.device import DTYPES
@@ -45,7 +46,9 @@ from megakexue.text.tokenizer import SentencePiece, Tokenizer
 from megakexue.text.tokenizer_files import copy_tokenizer
 from megakexue.text.tokenizer_json import CONFIG
 
-Class = Literal["LlamaForCausalLM", "DeepseekV3ForCausalLM", "MegakexueForCausalLM"]
+Class = Literal[
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM", "MegakexueForCausalLM"
+]  # fmt: skip
 MODELING = Path(__file__).with_name("modeling_megakexue.py")
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 TOLERANCE = 1e-4
@@ -54,17 +57,6 @@ float32 differ by 1e-6 to 1e-5 of it; a scale that was forgotten by more than 0.
 CHECKED = 256
 """Tokens of real text in the check; the last of them go through the cache one by one."""
 STEPS = 16
-
-NAMES = {
-    "attention_norm.gain": "input_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wq_down": "self_attn.q_a_proj",
-    "attention.q_norm.gain": "self_attn.q_a_layernorm", "attention.wq_up": "self_attn.q_b_proj",
-    "attention.kv_norm.gain": "self_attn.kv_a_layernorm", "attention.wo": "self_attn.o_proj",
-    "feed_forward_norm.gain": "post_attention_layernorm", "feed_forward.w_gate": "mlp.gate_proj",
-    "feed_forward.w_up": "mlp.up_proj", "feed_forward.w_down": "mlp.down_proj",
-}  # fmt: skip
-"""What a parameter of a block is called in a layer of all three classes; `_merged` has those that are made of two.
-Biases and norms of queries and keys get their lines here, and their classes in `_choose`."""
 
 
 def export_hf(
@@ -122,8 +114,17 @@ def _choose(config: ResolvedModel) -> tuple[Class, list[str]]:
         and rope_keys(config)["rope_parameters"]["rope_type"] != "default",
     }
     found = [reason for reason, holds in reasons.items() if holds]
+    more = {f"attention.{key}=true": getattr(attention, key) for key in ("qkv_bias", "qk_norm")}
+    more = {key: value for key, value in more.items() if value}
+    require(
+        not more or (len(more) == 1 and not found),
+        f"no class has {', '.join([*more, *found])} together: exports with biases or norms of queries and keys are "
+        "Qwen2 and Qwen3, which have one of the two, and none of the others",
+    )
     if found:
         return "MegakexueForCausalLM", found
+    if attention.qkv_bias or attention.qk_norm:
+        return ("Qwen2ForCausalLM" if attention.qkv_bias else "Qwen3ForCausalLM"), []
     return ("LlamaForCausalLM" if mla is None else "DeepseekV3ForCausalLM"), []
 
 
@@ -150,9 +151,18 @@ def rope_keys(config: ResolvedModel) -> dict[str, Any]:
 
     Frequencies that are no powers of a base are a `longrope` with one list of factors for all lengths.
     """
+    kind: dict[str, Any]
+    if config.rope.extension == "llama3":
+        kind = {
+            "rope_type": "llama3", "factor": config.rope.llama3_factor, "low_freq_factor": config.rope.llama3_slow,
+            "high_freq_factor": config.rope.llama3_fast,
+            "original_max_position_embeddings": config.rope.trained_context,
+        }  # fmt: skip
+        base = float(config.rope.base)
+        return {"rope_theta": base, "rope_scaling": kind, "rope_parameters": kind | {"rope_theta": base}}
     theta = frequencies(config.rope, config.rotary_width)
     own = float((theta[1] / theta[0]) ** -len(theta)) if len(theta) > 1 else float(config.rope.base)
-    kind: dict[str, Any] = {}
+    kind = {}
     for base in (float(config.rope.base), own):
         standard = powers(base, config.rotary_width)
         if np.allclose(theta, standard, rtol=1e-10, atol=0):
@@ -194,6 +204,9 @@ def _config(config: ResolvedModel, kind: Class, tokenizer: Tokenizer, dtype: str
         }  # fmt: skip
     if kind == "LlamaForCausalLM":
         return values | {"model_type": "llama", "head_dim": config.head_width, "mlp_bias": False} | rope_keys(config)
+    if kind in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        own = {"model_type": kind[:5].lower(), "head_dim": config.head_width, "use_sliding_window": False}
+        return values | own | rope_keys(config)
     if kind == "DeepseekV3ForCausalLM":
         dense = {"first_k_dense_replace": config.n_layers, "num_mtp_layers": 0, "num_nextn_predict_layers": 0}
         return values | {"model_type": "deepseek_v3", "rope_interleave": True} | dense | rope_keys(config)
@@ -229,24 +242,13 @@ def _weights(bundle: Bundle, kind: Class) -> Iterator[tuple[str, Tensor]]:
     def read(name: str) -> Tensor:
         weight, factor = bundle.weight(name).double(), factors.get(name, 1.0)
         # 1 up to rounding must leave the bits as they are
-        return weight if abs(factor - 1) < 1e-12 else weight * factor
+        weight = weight if abs(factor - 1) < 1e-12 else weight * factor
+        # a pair stands side by side in DeepSeek, and vLLM's knows no other order
+        is_paired = kind == "DeepseekV3ForCausalLM" and is_rotated(name)
+        return permuted(weight, *head_rows(name, config)) if is_paired else weight
 
-    names = set(parameter_names(config))
-    yield "model.embed_tokens.weight", read("embedding.weight")
-    for i in range(config.n_layers):
-        block, layer = f"blocks.{i}.", f"model.layers.{i}."
-        for ours, theirs in NAMES.items():
-            if block + ours in names:
-                weight = read(block + ours)
-                if kind == "DeepseekV3ForCausalLM" and ours in ("attention.wq", "attention.wq_up"):
-                    weight = _interleaved(weight.unflatten(0, (config.n_heads, -1)), config).flatten(0, 1)
-                yield f"{layer}{theirs}.weight", weight
-        if config.mla is not None:
-            yield from _merged(read, block, layer, config, kind)
-    if config.residual == "prenorm":
-        yield "model.norm.weight", read("norm.gain")
-    if not config.tie_embeddings:
-        yield "lm_head.weight", read("head.weight")
+    for name in their_names(config):
+        yield name, their_weight(name, config, read)
 
 
 def _factors(config: ResolvedModel, kind: Class) -> dict[str, float]:
@@ -259,30 +261,12 @@ def _factors(config: ResolvedModel, kind: Class) -> dict[str, float]:
     else:
         factors["head.weight"] = config.logit_scale
     if kind != "MegakexueForCausalLM":  # whose config has the scale
-        query = "wq_up" if config.mla and config.mla.d_query_latent else "wq"
+        queries = ["wq_up"] if config.mla and config.mla.d_query_latent else ["wq", "bq"]
+        if config.attention.qk_norm:  # which undoes what is before it
+            queries = ["query_norm.gain"]
         scale = _attention_scale(config) * math.sqrt(config.head_width)
-        factors |= {f"blocks.{i}.attention.{query}": scale for i in range(config.n_layers)}
+        factors |= {f"blocks.{i}.attention.{query}": scale for i in range(config.n_layers) for query in queries}
     return factors
-
-
-def _merged(read: Any, block: str, layer: str, config: ResolvedModel, kind: Class) -> Iterator[tuple[str, Tensor]]:
-    """Yield the two projections of latent attention that are two of ours each."""
-    rotary = read(f"{block}attention.wk_rope")
-    if kind == "DeepseekV3ForCausalLM":
-        rotary = _interleaved(rotary, config)
-    yield f"{layer}self_attn.kv_a_proj_with_mqa.weight", torch.cat([read(f"{block}attention.wkv_down"), rotary])
-    up = [read(f"{block}attention.{name}").unflatten(0, (config.n_heads, -1)) for name in ("wk_up", "wv_up")]
-    yield f"{layer}self_attn.kv_b_proj.weight", torch.cat(up, dim=1).flatten(0, 1)
-
-
-def _interleaved(weight: Tensor, config: ResolvedModel) -> Tensor:
-    """Reorder the rotated rows, the last of [..., d, m], so that a pair stands side by side, as DeepSeek has it.
-
-    vLLM's DeepSeek knows no other order.
-    """
-    rest, rotated = weight.split([weight.shape[-2] - config.rotary_width, config.rotary_width], dim=-2)
-    pairs = rotated.unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2)
-    return torch.cat([rest, pairs], dim=-2)
 
 
 def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:

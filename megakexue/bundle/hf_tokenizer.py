@@ -5,7 +5,8 @@ Exact: decoding of any ids, but for bytes that are not UTF-8, which show as U+FF
 - a U+2581 in text is taken for a space, which sentencepiece writes so; ours spells it in bytes;
 - a control piece such as `<s>` that is typed in text becomes its id; in ours it is three characters;
 - of segmentations of equal score the two libraries may take different ones: such are orders of pieces in a run of
-  spaces, in one line of code in 150.
+  spaces, in one line of code in 150;
+- where a space stands before each text (Llama 2), the library puts one behind each user-defined piece too.
 
 What must stay true: ids are those of the model; nothing is read but the model.
 """

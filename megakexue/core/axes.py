@@ -16,7 +16,7 @@ from typing import Literal
 
 from megakexue.config import ModelConfig
 
-Role = Literal["matrix", "embedding", "gain"]
+Role = Literal["matrix", "embedding", "gain", "bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,11 @@ AXES = {
     "blocks.attention.wq": Axes(out="hd", contracted="m"),
     "blocks.attention.wk": Axes(out="gd", contracted="m"),
     "blocks.attention.wv": Axes(out="ge", contracted="m", share=1 / 2),
+    "blocks.attention.bq": Axes(out="hd", role="bias"),
+    "blocks.attention.bk": Axes(out="gd", role="bias"),
+    "blocks.attention.bv": Axes(out="ge", role="bias"),
+    "blocks.attention.query_norm.gain": Axes(out="d", role="gain"),
+    "blocks.attention.key_norm.gain": Axes(out="d", role="gain"),
     "blocks.attention.wq_down": Axes(out="q", contracted="m"),
     "blocks.attention.q_norm.gain": Axes(out="q", role="gain"),
     "blocks.attention.wq_up": Axes(out="hd", contracted="q"),
@@ -54,6 +59,8 @@ AXES = {
 }
 """By name, without the number of the block. `entries` says which of them a config has."""
 _GQA = {"blocks.attention.wk", "blocks.attention.wv"}
+_QKV_BIAS = {f"blocks.attention.b{x}" for x in "qkv"}
+_QK_NORM = {f"blocks.attention.{x}_norm.gain" for x in ("query", "key")}
 _LOW_RANK_QUERY = {"blocks.attention.wq_down", "blocks.attention.q_norm.gain", "blocks.attention.wq_up"}
 _MLA = {f"blocks.attention.{name}" for name in ("wkv_down", "kv_norm.gain", "wk_rope", "wk_up", "wv_up")}
 
@@ -62,10 +69,14 @@ def entries(config: ModelConfig) -> list[str]:
     """Return the names in the axis table that the config has, in the order of the table."""
     absent = _GQA if config.mla else _MLA
     absent = absent | ({"blocks.attention.wq"} if config.mla and config.mla.d_query_latent else _LOW_RANK_QUERY)
+    if not config.attention.qkv_bias:
+        absent = absent | _QKV_BIAS
+    if not config.attention.qk_norm:
+        absent = absent | _QK_NORM
     if config.tie_embeddings:
-        absent.add("head.weight")
+        absent = absent | {"head.weight"}
     if config.residual != "prenorm":
-        absent.add("norm.gain")
+        absent = absent | {"norm.gain"}
     return [name for name in AXES if name not in absent]
 
 

@@ -127,6 +127,8 @@ def _kept_of_attention(config: Config, is_compiled: bool) -> tuple[int, int]:
     model, w, n_shared = config.model, WIDTHS[config.engine.dtype], config.engine.sequence_ranks
     h, g = model.n_heads, max(model.n_groups, n_shared)  # a rank of those that share rows has one group at least
     per_token = w * (h + g) * (model.head_width + model.value_width) + 4 * h
+    if model.attention.qk_norm:  # rotation keeps no result of a norm
+        per_token += (h + g) * ((w if is_compiled else 8) * model.head_width + 4)
     if model.mla is None:
         return per_token, 0
     mla = model.mla

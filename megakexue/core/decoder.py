@@ -123,6 +123,14 @@ class GroupedQueryAttention(nn.Module):
         self.d_head, self.scale = config.head_width, config.attention.softmax_scale
         self.similarity = config.attention.similarity
         self.wq, self.wk, self.wv, self.wo = _parameters(config, "attention", "wq", "wk", "wv", "wo")
+        biases: list[nn.Parameter | None] = [None] * 3
+        if config.attention.qkv_bias:
+            biases = [*_parameters(config, "attention", "bq", "bk", "bv")]
+        self.bq, self.bk, self.bv = biases
+        norms: list[Norm | None] = [None] * 2
+        if config.attention.qk_norm:
+            norms = [Norm(self.d_head, config.norm_eps) for _ in norms]
+        self.query_norm, self.key_norm = norms
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache) -> Stream:
         """Decode: attend to what the cache has too. `project` and `mix` are training's way."""
@@ -139,7 +147,10 @@ class GroupedQueryAttention(nn.Module):
 
     def project(self, x: Stream, rotary: Rotary, as_latent: bool = False) -> QueriesKeysValues:
         """Return the queries, keys and values of the tokens."""
-        q, k, v = (functional.linear(x, w).unflatten(-1, (-1, self.d_head)) for w in (self.wq, self.wk, self.wv))
+        projections = (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)
+        q, k, v = (functional.linear(x, w, b).unflatten(-1, (-1, self.d_head)) for w, b in projections)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.similarity != "dot":  # without a gain, which would undo it (9859)
             k = _normalized(k)
         if self.similarity == "cosine":
@@ -406,7 +417,7 @@ def centre(name: str, config: ResolvedModel) -> float:
 def initial_weight(name: str, config: ResolvedModel, seed: int) -> Float32[Tensor, "..."]:
     """Return a parameter's initial value, float32 on the CPU; it depends on (seed, name) and the config alone."""
     table, size = axes(name), shape(name, config)
-    if table.role == "gain":
+    if table.role in ("gain", "bias"):
         return torch.full(size, centre(name, config))
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -9,7 +9,7 @@ Tiger (9512), with m = 0 at the start, alpha the scheduled rate and lambda the w
     theta <- theta - eta (sign(m) + lambda theta)
     eta    = alpha max(RMS(theta), floor)   a matrix
              alpha max(RMS(row), floor)     each row of the embedding
-             alpha / 2, without decay       a gain
+             alpha / 2, without decay       a gain or a bias
 An update computes the sums of squares of its new weights while it has them at hand; the next update uses them. It also
 writes the weights of the model, in their dtype, where they are another tensor than the masters.
 
@@ -41,6 +41,9 @@ from megakexue.config import ResolvedOptim
 from megakexue.core.device import DTYPES
 from megakexue.core.rules import adamw_step, kernels
 from megakexue.core.segments import Segment, parts_with_padding
+
+GAINS = ("gain", "bias")
+"""The roles that have no decay, and half of Tiger's rate, which is no share of their RMS."""
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class Optimizer:
         """The numbers of `Rows` for the rows of a part."""
         if part.role == "padding":  # which does not move
             return 0, 0, False, 1, False, 0, 0, False
-        is_embedding, is_gain, rule = part.role == "embedding", part.role == "gain", self.config.rule(part.role)
+        is_embedding, is_gain, rule = part.role == "embedding", part.role in GAINS, self.config.rule(part.role)
         rate_slot = slots[part.name if part.cut_row is None else (part.name, part.cut_row)]
         return (
             slots[part.name], rate_slot, is_embedding and part.cut_row is None,
@@ -283,7 +286,7 @@ class Optimizer:
         places = [range(part.offset - first, part.offset - first + part.numel, part.row_numel) for part in parts]
         bounds = [*(start for place in places for start in place), places[-1].stop]
         elements, weights = slice(first, first + bounds[-1]), self._weights[flat]
-        gains = [s for s in segments if s.role == "gain" and rule == "adamw" and self.config.weight_decay]
+        gains = [s for s in segments if s.role in GAINS and rule == "adamw" and self.config.weight_decay]
         undecayed = [torch.arange(s.offset - first, s.offset - first + s.numel) for s in gains]
         return Span(
             flat=flat, elements=elements, rule=rule, theta=self._flats[flat][elements],

@@ -9,6 +9,7 @@ the weights were trained with.
     logit_scale         1; with a tied head ln v / (2 sqrt(m)) (9698)
     softmax_scale       1 / sqrt(d); for key_norm and cosine 1; for cosine with scale=constant 4 ln(context / 2) (9859)
     rope.base           megakexue/core/bases.py
+    llama3_factor       context / trained context
     log_n_base          512; for log_n_clipped the trained context
     log_n_floor         16
 
@@ -74,9 +75,13 @@ def resolve(config: ModelConfig, optimizer: str, context: int) -> ResolvedModel:
 
     rope, attention = config.rope, config.attention
     context = rope.context or context
+    llama3_factor = rope.llama3_factor
+    if rope.extension == "llama3" and rope.trained_context:
+        llama3_factor = given(llama3_factor, context / rope.trained_context)
     resolved_rope = ResolvedRope(**vars(rope) | {
         "base": choose_base(config, context), "context": context, "rule": "safe",
         "yarn_temperature": (rope.yarn_temperature is not False) if rope.extension == "yarn" else None,
+        "llama3_factor": llama3_factor,
     })  # fmt: skip
     log_n_base, log_n_floor = attention.log_n_base, attention.log_n_floor
     if attention.scale in ("log_n", "log_n_clipped") and attention.similarity != "cosine":

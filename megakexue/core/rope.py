@@ -33,6 +33,8 @@ def frequencies(rope: ResolvedRope, d_rotary: int) -> Float64[np.ndarray, " pair
         ntk_mixed     theta_i / exp(a (i+1)^e) with a (d/2)^e = ln k, e = ntk_mixed_exponent (9706)
         yarn          (g + (1 - g) / k) theta with g = (r - 1) / 31 in [0, 1], r = theta trained_context / 2 pi, the
                       turns that a pair takes in the trained context (9948)
+        llama3        the same with g = (r - slow) / (fast - slow) in [0, 1], and llama3_factor for k; it is
+                      _compute_llama3_parameters of transformers
 
     Raises:
         UserError: ntk_exact of a single pair.
@@ -52,8 +54,11 @@ def frequencies(rope: ResolvedRope, d_rotary: int) -> Float64[np.ndarray, " pair
     if rope.extension == "ntk_mixed":
         digit = np.arange(1, d // 2 + 1) / (d // 2)
         return theta / np.exp(math.log(k) * digit**rope.ntk_mixed_exponent)
-    # yarn
-    kept = np.clip((theta * rope.trained_context / (2 * math.pi) - 1) / 31, 0, 1)
+    slow, fast = 1.0, 32.0
+    if rope.extension == "llama3":
+        assert rope.llama3_factor is not None, "resolve first"
+        slow, fast, k = rope.llama3_slow, rope.llama3_fast, rope.llama3_factor
+    kept = np.clip((theta * rope.trained_context / (2 * math.pi) - slow) / (fast - slow), 0, 1)
     return theta * (kept + (1 - kept) / k)
 
 

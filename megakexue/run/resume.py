@@ -16,7 +16,7 @@ from megakexue.files import sha256
 from megakexue.run import checkpoint
 from megakexue.run.data import Batches
 from megakexue.run.engine import Engine
-from megakexue.run.state import Differences, TrainerState, differences, plain, shown
+from megakexue.run.state import Differences, TrainerState, differences, plain, shown, with_new_settings
 from megakexue.text.tokenizer_files import find_tokenizer, tokenizer_sha256
 
 HARMLESS = (
@@ -61,6 +61,7 @@ def start_run(folder: Path | None, engine: Engine, config: ResolvedConfig, data:
         state = dataclasses.replace(own, init_bundle=bundle, position=data.position, lineage=[start])
         return Start(state=state, origin=origin, saved=None)
     old = checkpoint.load(folder, engine, lambda old: check_resume(old, own, config))
+    old = dataclasses.replace(old, config=with_new_settings(old.config, config))
     changes = changes_since(old, own)
     data.seek(old.position if old.data == own.data else data.position, old.step)
     lineage = list(old.lineage)
@@ -81,7 +82,7 @@ def check_resume(old: TrainerState, own: TrainerState, config: ResolvedConfig) -
         old, own: the state of the checkpoint, and that which this run would write.
     """
     where = f"train.run={config.train.run}"
-    found = differences(old.config, own.config)
+    found = differences(with_new_settings(old.config, config), own.config)
     families = [(c["optim"].get("name"), c["optim"].get("embedding") == "adamw") for c in (old.config, own.config)]
     of_family = () if families[0] == families[1] else ("optim.name", "optim.embedding")
     is_model = {key: key.startswith("model.") and not key.startswith(HARMLESS) for key in found}
@@ -230,8 +231,16 @@ def _check_init(bundle: Bundle, model: ResolvedModel) -> None:
             f"model.rope.base={rope.base:g} is that of train.init_from={bundle.folder}, so model.rope.extension=base "
             "changes nothing: set model.rope.base=auto, or another number",
         )
-        harmless += ["rope.context", "rope.extension", "rope.trained_context", "rope.yarn_temperature",
-                     "rope.ntk_mixed_exponent"]  # fmt: skip
+        harmless += [
+            "rope.context",
+            "rope.extension",
+            "rope.trained_context",
+            "rope.yarn_temperature",
+            "rope.ntk_mixed_exponent",
+            "rope.llama3_factor",
+            "rope.llama3_slow",
+            "rope.llama3_fast",
+        ]
         if rope.extension == "base":
             harmless.append("rope.base")
     if (trained.attention.scale, model.attention.scale) == (

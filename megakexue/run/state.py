@@ -91,6 +91,18 @@ def plain(section: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(section)))
 
 
+def with_new_settings(old: dict[str, Any], section: Any) -> dict[str, Any]:
+    """Give a plain config the defaults of those settings of `section` that its writer did not know yet."""
+    filled = dict(old)
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value) and isinstance(old.get(entry.name), dict):
+            filled[entry.name] = with_new_settings(old[entry.name], value)
+        elif entry.name not in old and entry.default is not dataclasses.MISSING:
+            filled[entry.name] = entry.default
+    return filled
+
+
 Differences = dict[str, tuple[Any, Any]]
 """By key, such as rope.base: the old value and the new one."""
 

@@ -1,5 +1,6 @@
 """Random bundles of every kind of model that an export tells apart, and what they compute."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.helpers import build, positions_of, tiny
 MLA = MlaConfig(d_latent=21, d_query_latent=28, d_nope=10, d_rope=6, d_value=14)
 WIDE_VALUES = MlaConfig(d_latent=20, d_nope=8, d_rope=8, d_value=20)
 CONSTANT = AttentionConfig(scale="constant")
+SCALED = AttentionConfig(scale="gradient_max_constant", softmax_scale=0.2)
 PLAIN: dict[str, Any] = dict(residual="prenorm", attention=CONSTANT)
 N_TOKENS = 60
 """In the rows of the tests; the context is 64."""
@@ -31,13 +33,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         PLAIN
         | dict(embed_scale=3.3, logit_scale=0.7, norm_eps=1e-5)
-        | dict(attention=AttentionConfig(scale="gradient_max_constant", softmax_scale=0.2)),
+        | dict(attention=SCALED),
     ),
     "llama, interpolate": ("LlamaForCausalLM", PLAIN | dict(rope=extended("interpolate"))),
     "llama, ntk": ("LlamaForCausalLM", PLAIN | dict(rope=extended("ntk"))),
     "llama, ntk_exact": ("LlamaForCausalLM", PLAIN | dict(rope=extended("ntk_exact"))),
     "llama, ntk_mixed": ("LlamaForCausalLM", PLAIN | dict(rope=extended("ntk_mixed"))),
     "llama, yarn": ("LlamaForCausalLM", PLAIN | dict(rope=extended("yarn"), tie_embeddings=True)),
+    "llama, llama3": ("LlamaForCausalLM", PLAIN | dict(rope=extended("llama3", llama3_factor=4.0))),
+    "qwen2": ("Qwen2ForCausalLM", PLAIN | dict(tie_embeddings=True, attention=replace(SCALED, qkv_bias=True))),
+    "qwen3": ("Qwen3ForCausalLM", PLAIN | dict(d_head=12, attention=replace(SCALED, qk_norm=True))),
     "deepseek": ("DeepseekV3ForCausalLM", PLAIN | dict(mla=MLA)),
     "deepseek, tied, whole queries": ("DeepseekV3ForCausalLM", PLAIN | dict(mla=WIDE_VALUES, tie_embeddings=True)),
     "deepseek, ntk": ("DeepseekV3ForCausalLM", PLAIN | dict(mla=MLA, rope=extended("ntk"))),
@@ -66,7 +71,7 @@ def random_bundle(prepared: Prepared, out: Path, **changes: Any) -> Bundle:
     config = tiny(vocab_size=517, **changes)
     torch.manual_seed(3)
     weights = {
-        name: 0.5 + torch.rand(p.shape) if name.endswith("gain") else p.detach()
+        name: 0.5 + torch.rand(p.shape) if p.ndim == 1 else p.detach()  # gains and biases
         for name, p in build(config).named_parameters()
     }
     return Bundle(write_bundle(out, config, weights.items(), prepared.tokenizer, {"from": "a test"}))

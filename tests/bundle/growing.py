@@ -38,9 +38,12 @@ def trained(config: ResolvedModel, seed: int = 0) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name in parameter_names(config):
-        is_gain = axes(name).role == "gain"
+        role = axes(name).role
         x = torch.randn(shape(name, config), generator=generator, dtype=torch.float64)
-        weights[name] = x * 0.3 + 1 if is_gain else x * 1.2 / math.sqrt(x.shape[1])
+        if role == "bias":
+            weights[name] = x * 0.5
+        else:
+            weights[name] = x * 0.3 + 1 if role == "gain" else x * 1.2 / math.sqrt(x.shape[1])
     return weights
 
 

@@ -245,6 +245,7 @@ def test_mistakes(prepared: Prepared, bundle: Bundle, tmp_path: Path, monkeypatc
         ([*good, "--n-rows", "0"], "--n-rows 0 must be positive"),
         ([*good, "--json", str(tmp_path / "no" / "x.json")], f"there is no folder {tmp_path}/no"),
         ([*good, "--set", "d_model=64"], "--set d_model=64: it must be attention.NAME=VALUE or rope.NAME=VALUE"),
+        ([*good, "--set", "attention.qk_norm=true"], "nothing else can change without other weights"),
         ([*good, "--set", "rope.bose=64"], "--set: rope.bose is no setting: did you mean rope.base?"),
         ([*good, "--set", "rope.context=" + "[" * 10_000], "must be a whole number, such as 1000 or 1e3"),
         ([*good, "--set", "rope.context=64"], "--set rope.context=64 changes nothing that is computed"),

@@ -92,11 +92,12 @@ def random_pair(r: random.Random) -> tuple[ResolvedModel, ResolvedModel]:
         if r.random() < 0.2:  # from shared to own keys and values
             new_groups, new_slots = groups * slots, 1
         similarity: Any = r.choice(["dot", "key_norm", "cosine"])
+        bias, normed = r.random() < 0.5, similarity == "dot" and r.random() < 0.5
         scale = r.choice(["log_n", "constant"]) if similarity == "cosine" else scale
         ratios = [1, 1, 2] + [1.5] * (width * fraction > 2)  # so that pairs remain
-        wider_head = 1 if similarity == "cosine" else r.choice(ratios)
+        wider_head = 1 if similarity == "cosine" or normed else r.choice(ratios)
         b |= dict(n_heads=new_groups * new_slots, n_kv_heads=new_groups, d_head=int(width * wider_head))
-        common["attention"] = AttentionConfig(scale=scale, similarity=similarity)
+        common["attention"] = AttentionConfig(scale=scale, similarity=similarity, qkv_bias=bias, qk_norm=normed)
         common["rope"] = RopeConfig(base=BASE, fraction=fraction)
         # by a ratio that is not whole, the old frequencies are those of another base
         b["rope"] = RopeConfig(base=BASE**1.5 if wider_head == 1.5 else BASE, fraction=fraction)

@@ -17,5 +17,6 @@ def test_axis_table_covers_every_parameter_and_matches_its_shape(changes: dict[s
         name: shape(name, config) for name in parameters
     }
     assert sorted(parameters) == sorted(parameter_names(config))
-    assert {axes(name).role for name in parameters} == {"matrix", "embedding", "gain"}
+    roles = {axes(name).role for name in parameters}
+    assert roles == {"matrix", "embedding", "gain"} | ({"bias"} if config.attention.qkv_bias else set())
     assert all(letter in "vmhgdefrpncq" for table in AXES.values() for letter in table.out + table.contracted)

@@ -99,6 +99,7 @@ class Case:
     recompute: Any = "none"
     residual: Any = "deepnorm"
     mla: MlaConfig | None = None
+    qk_norm: bool = False
     m: int = 256
     f: int = 768
     n_layers: int = 4
@@ -119,7 +120,8 @@ class Case:
         # sdpa keeps what the kernels of a GPU keep
         model = ModelConfig(
             vocab_size=self.v, d_model=self.m, n_layers=self.n_layers, n_heads=self.m // 64, d_ff=self.f,
-            residual=self.residual, attention=AttentionConfig(backend="sdpa"), **kind,
+            residual=self.residual, **kind,
+            attention=AttentionConfig(backend="sdpa", qk_norm=self.qk_norm, qkv_bias=self.qk_norm),
         )  # fmt: skip
         return ResolvedConfig(
             model=resolve(model, self.optimizer, self.t),
@@ -230,7 +232,7 @@ def test_memory_of_what_a_config_can_choose() -> None:
 @pytest.mark.skipif(not has_compiler(), reason="needs g++")
 def test_memory_of_compiled_blocks_on_one_rank() -> None:
     wide: dict[str, Any] = dict(n_ranks=1, compile="on", rows=8, t=256, v=512, n_layers=2)
-    compare([Case(recompute=recompute, **wide) for recompute in ("none", "product")])
+    compare([Case(**wide), Case(recompute="product", qk_norm=True, **wide)])
 
 
 def kept_by_a_layer(config: ResolvedConfig, n_rows: int) -> int:
@@ -255,10 +257,14 @@ def kept_by_a_layer(config: ResolvedConfig, n_rows: int) -> int:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("residual", ["deepnorm", "prenorm"])
-@pytest.mark.parametrize("mla", [None, MLA, dataclasses.replace(MLA, d_query_latent=None)], ids=["gqa", "mla", "mla q"])
-def test_what_a_layer_keeps(mla: MlaConfig | None, residual: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "kind", [{}, dict(qk_norm=True), dict(mla=MLA), dict(mla=dataclasses.replace(MLA, d_query_latent=None))],
+    ids=["gqa", "qk norm", "mla", "mla q"],
+)  # fmt: skip
+def test_what_a_layer_keeps(kind: dict[str, Any], residual: str, dtype: str) -> None:
     for recompute in ("none", "product", "feed_forward", "block"):
-        config = Case(mla=mla, residual=residual, dtype=dtype, recompute=recompute, m=128, f=384, t=64, v=64).config()
+        case = Case(residual=residual, dtype=dtype, recompute=recompute, m=128, f=384, t=64, v=64, **kind)
+        config = case.config()
         one, two = (kept_by_a_layer(config, n_rows) for n_rows in (1, 2))
         per_token, once = kept_of_layer(config, is_compiled=False)
         assert (two - one) / 64 == pytest.approx(per_token, rel=0.01), recompute

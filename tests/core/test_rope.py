@@ -173,6 +173,29 @@ def test_yarn_agrees_with_transformers_at_both_ends() -> None:
     assert factor**2 == pytest.approx(temperature(extended("yarn")), rel=1e-12)  # theirs is on query and key
 
 
+def test_llama3_is_that_of_transformers() -> None:
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    for factor, slow, fast, base in ((8.0, 1.0, 4.0, 5e5), (32.0, 1.0, 4.0, 5e5), (8.0, 2.0, 50.0, 1e4)):
+        scaling = {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": slow, "high_freq_factor": fast,
+            "original_max_position_embeddings": 1024,
+        }  # fmt: skip
+        config = LlamaConfig(head_dim=128, rope_theta=base, max_position_embeddings=16384, rope_scaling=scaling)
+        theirs, scale = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        rope = extended("llama3", k=16, base=base, llama3_factor=factor, llama3_slow=slow, llama3_fast=fast)
+        ours = frequencies(rope, 128)
+        assert scale == 1 == temperature(rope)
+        assert ours == pytest.approx(theirs.double().numpy(), rel=1e-6)  # theirs are float32
+        divided = ours / frequencies(extended("base", base=base), 128)
+        assert divided[0] == 1 and divided[-1] == pytest.approx(1 / factor, rel=1e-14)
+        assert 3 < ((divided > 1 / factor + 1e-9) & (divided < 1)).sum() < 40
+    # without a number, it is the stretch of the context
+    chosen = model(rope=RopeConfig(base=1e4, extension="llama3", trained_context=1024, context=8192)).rope
+    assert chosen.llama3_factor == 8
+
+
 def test_temperature() -> None:
     assert temperature(extended("yarn")) == pytest.approx((0.1 * math.log(8) + 1) ** 2, rel=1e-15)
     assert temperature(extended("yarn", yarn_temperature=True)) == temperature(extended("yarn"))

@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "4 heads, 2 groups": dict(n_heads=4, n_kv_heads=2),
     "4 heads, 1 group": dict(n_heads=4, n_kv_heads=1),
     "8 heads, 2 groups, cosine": dict(n_heads=8, n_kv_heads=2),
+    "4 heads, 2 groups, biases and norms": dict(n_heads=4, n_kv_heads=2),
     "MLA": dict(n_heads=8, mla=MlaConfig(**MLA)),
     "MLA of a wide latent": dict(n_heads=4, mla=MlaConfig(**(MLA | dict(d_latent=96, d_query_latent=24)))),
 }
@@ -65,7 +66,10 @@ def greatest_differences(cases: list[tuple[str, bool, bool]], dtype: torch.dtype
     sequence = Sequence(rank=rank, size=size, swap=sequence_swap(ranks, 60.0))
     found: dict[str, float] = {}
     for name, packed, compiled in cases:
-        changes = dict(attention=AttentionConfig(scale="log_n", similarity="cosine" if "cosine" in name else "dot"))
+        has_more = "biases" in name
+        changes = dict(attention=AttentionConfig(
+            scale="log_n", similarity="cosine" if "cosine" in name else "dot", qkv_bias=has_more, qk_norm=has_more
+        ))  # fmt: skip
         model = build(tiny(**MODELS[name], **changes), "blocked", dtype)
         expected = step(model, rows(packed), None)
         if compiled:
@@ -93,7 +97,7 @@ def test_ranks_that_share_rows_have_the_gradients_of_one(n_ranks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="needs g++")
 def test_compiled_blocks_share_rows_too() -> None:
-    cases = [(name, True, True) for name in ("4 heads, 2 groups", "MLA")]
+    cases = [(name, True, True) for name in ("4 heads, 2 groups, biases and norms", "MLA")]
     for found in run_on_ranks(2, greatest_differences, cases, torch.float32):
         assert len(found) == len(cases) and max(found.values()) < 3e-6, found
 

@@ -121,6 +121,12 @@ def test_a_trainer_json_of_another_form_is_refused(prepared: Prepared, tmp_path:
         ({"config": 3}, "is not of the form"),
         ({"tokenizer": "00"}, "was trained with another tokenizer than data.tokenizer"),
     ]
+    # a checkpoint of a version that did not have a setting yet, which has its default
+    older = json.loads((tmp_path / "run/checkpoints/step_00000002/trainer.json").read_text())["config"]
+    for key in ("qkv_bias", "qk_norm"):
+        del older["model"]["attention"][key]
+    del older["model"]["rope"]["llama3_slow"]
+    changes.append(({"config": older}, ""))
     configs = []
     for i, (change, _) in enumerate(changes):
         shutil.copytree(tmp_path / "run", tmp_path / f"{i}")
@@ -128,7 +134,7 @@ def test_a_trainer_json_of_another_form_is_refused(prepared: Prepared, tmp_path:
         configs.append(dataclasses.replace(config, train=dataclasses.replace(config.train, run=str(tmp_path / f"{i}"))))
     (ends,) = run_on_ranks(1, outcomes, configs)
     for end, (_, words) in zip(ends, changes, strict=True):
-        assert words in end, end
+        assert words in end and bool(words) == bool(end), end
 
 
 @pytest.mark.slow

@@ -1,0 +1,98 @@
+"""A config.json as a model section: every key is read, or refused by its name."""
+
+from typing import Any
+
+import pytest
+
+from megakexue.bundle.hf_config import FAMILIES, read_config
+from megakexue.config import UserError
+
+LLAMA: dict[str, Any] = dict(
+    model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=100, hidden_size=32, intermediate_size=48,
+    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, torch_dtype="bfloat16",
+)  # fmt: skip
+SCALED = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+DEEPSEEK: dict[str, Any] = LLAMA | dict(
+    model_type="deepseek_v3", architectures=None, kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=4,
+    qk_nope_head_dim=4, v_head_dim=4, first_k_dense_replace=2,
+)  # fmt: skip
+
+
+def test_defaults_are_those_of_the_classes() -> None:
+    from transformers import AutoConfig
+
+    for kind, family in FAMILIES.items():
+        theirs = AutoConfig.for_model(kind)
+        for key, value in (family.fixed | family.numbers).items():
+            # Qwen makes its list of layers from the others; nobody else knows the last key
+            if key not in ("layer_types", "num_nextn_predict_layers"):
+                assert getattr(theirs, key) == value, (kind, key)
+        assert (theirs.rms_norm_eps, theirs.tie_word_embeddings, theirs.rope_theta) == (1e-6, False, 10000.0)
+
+
+def test_what_is_read() -> None:
+    plain = read_config(LLAMA, "config.json")
+    assert plain.family == "llama" and plain.context == 64 and plain.branch == 1 and not plain.is_interleaved
+    model = plain.model
+    assert (model.n_groups, model.head_width, model.norm_eps, model.rope.base) == (4, 8, 1e-6, 10000.0)
+    assert model.residual == "prenorm" and model.attention.scale == "constant" and not model.attention.qkv_bias
+    # both generations of rope keys say the same
+    old = LLAMA | dict(rope_theta=5e5, rope_scaling={"type": "llama3"} | SCALED)
+    new = LLAMA | dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | SCALED)
+    both = old | new
+    for values in (old, new, both):
+        rope = read_config(values, "config.json").model.rope
+        assert (rope.base, rope.extension, rope.trained_context, rope.context) == (5e5, "llama3", 16, 64)
+        assert (rope.llama3_factor, rope.llama3_slow, rope.llama3_fast) == (8, 1, 4)
+    default = read_config(LLAMA | dict(rope_parameters={"rope_type": "default", "rope_theta": 7.0}), "config.json")
+    assert default.model.rope.base == 7.0 and default.model.rope.extension is None
+    # a window that no position reaches is none; null and false are nothing
+    mistral = LLAMA | dict(model_type="mistral", architectures=None, num_key_value_heads=2, sliding_window=64)
+    assert read_config(mistral | {"some_flag": False, "other": None}, "config.json").family == "mistral"
+    deepseek = read_config(DEEPSEEK | dict(head_dim=4, n_routed_experts=256), "config.json")
+    assert deepseek.is_interleaved and deepseek.model.mla is not None and deepseek.model.mla.d_query_latent is None
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "model_type=gemma2 is not supported: import takes llama, mistral": dict(model_type="gemma2"),
+    r"architectures=\['LlamaForSequenceClassification'\] must be": dict(
+        architectures=["LlamaForSequenceClassification"]
+    ),
+    "config.json has no max_position_embeddings": dict(max_position_embeddings=...),
+    "hidden_act=gelu is not supported: our decoder has hidden_act=silu": dict(hidden_act="gelu"),
+    "attention_bias=True is not supported": dict(attention_bias=True),
+    "mlp_bias=True is not supported": dict(mlp_bias=True),
+    "rope_type=yarn is not supported: import takes default and llama3": dict(rope_scaling=dict(type="yarn", factor=2)),
+    "rope_type=linear is not supported": dict(rope_parameters=dict(rope_type="linear", factor=2.0)),
+    r"rope_type=llama3 has the keys \['factor'\] instead of": dict(rope_scaling=dict(rope_type="llama3", factor=2)),
+    r"rope_theta has two values: \[1.0, 2.0\]": dict(rope_theta=1.0, rope_parameters=dict(rope_theta=2.0)),
+    "rope_parameters and rope_scaling differ": dict(
+        rope_parameters=dict(rope_type="llama3") | SCALED, rope_scaling=dict(rope_type="llama3", factor=1.0)
+    ),
+    "quantization_config=.*is not supported: import does not know": dict(quantization_config={"bits": 4}),
+    "num_local_experts=8 is not supported": dict(num_local_experts=8),
+    "auto_map=.* is not supported": dict(auto_map={"AutoModel": "modeling.Mine"}),
+    "sliding_window=4096, the default of MistralConfig, is not supported": dict(
+        model_type="mistral", architectures=None, num_key_value_heads=2, max_position_embeddings=8192
+    ),
+    "config.json has no num_key_value_heads": dict(model_type="mistral", architectures=None, sliding_window=None),
+    "use_sliding_window=True is not supported": dict(
+        model_type="qwen2", architectures=None, num_key_value_heads=2, use_sliding_window=True
+    ),
+    r"layer_types=\['full_attention', 'sliding_attention'\] is not supported": dict(
+        model_type="qwen3", architectures=None, num_key_value_heads=2, head_dim=8,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "first_k_dense_replace=1 of 2 layers: experts .MoE. are not supported": DEEPSEEK | dict(first_k_dense_replace=1),
+    "num_nextn_predict_layers=1 is not supported": DEEPSEEK | dict(num_nextn_predict_layers=1),
+    "rms_norm_eps=1e-05 is not supported with latents": DEEPSEEK | dict(rms_norm_eps=1e-5),
+    "config.json: d_model=x must be a whole number": dict(hidden_size="x"),
+    "num_hidden_layers=two must be whole numbers": dict(num_hidden_layers="two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_refused(message: str) -> None:
+    values = {key: value for key, value in (LLAMA | REFUSED[message]).items() if value is not ...}
+    with pytest.raises(UserError, match=message):
+        read_config(values, "config.json")

@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""Make a bundle of a Hugging Face model (config.json and safetensors) or of a GGUF file, and compare the two."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megakexue import __version__
+from megakexue.config import UserError, require, run_program
+from megakexue.files import sha256, temporary_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakexue.config import ResolvedModel
+
+N_TOKENS = 512
+"""Of the comparison: two rows, so that a batch is under test."""
+N_CACHED = 16
+"""Of these, at the end of each row, are fed one by one."""
+BOUND = 1e-4
+"""Of the logits' deviation: what float32 may differ by."""
+
+EPILOG = """\
+SOURCE is a folder that save_pretrained of transformers wrote, or a .gguf file, whose quantised tensors become float32.
+Families: Llama 2 and 3, SmolLM2, Mistral without a sliding window, Qwen2 and 2.5, Qwen3, Granite, DeepSeek-V3 with all
+layers dense; GGUF: llama, qwen2 and qwen3. A key of config.json that our decoder does not have is refused by its name.
+Nothing is unpickled, and no code of the folder runs.
+
+At the end both models compute the float32 logits of the same text, transformers as a whole and ours with and without a
+cache; where they differ, nothing is left. This needs transformers, and memory for both; --no-check leaves it out.
+
+The bundle trains, grows, generates and evaluates as any other. Its config.yaml has the model section for your config.
+
+examples:
+  tools/import_hf.py models/SmolLM2-135M --out bundles/smollm2
+  tools/import_hf.py models/Qwen3-8B --out bundles/qwen3 --text data/some.txt
+  tools/import_hf.py model.Q4_1.gguf --tokenizer models/SmolLM2-135M/tokenizer.json --out bundles/smollm2
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder or a .gguf file")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=("stored", "fp32", "bf16", "fp16"), default="stored",
+        help="of the bundle (default: as SOURCE has them; float32 where a multiplier goes into a weight)",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or tokenizer.model (default: that of SOURCE)")
+    parser.add_argument("--text", type=Path, help="of the comparison (default: English prose of Python's own help)")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the logits with transformers")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    args = parser.parse_intermixed_args()
+    require(args.source.exists(), f"no file or folder {args.source}")
+    require(args.text is None or args.text.is_file(), f"--text {args.text}: no such file")
+    require(args.overwrite or not args.out.exists(), f"{args.out} exists: choose another name, or add --overwrite")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers has a bar for each GGUF file; it is read on import
+
+    # seconds of imports, which a mistake in the arguments should not cost
+    from megakexue.bundle.bundle import check_out, write_bundle
+    from megakexue.bundle.hf_import import Gguf, open_source, resolved, weights
+    from megakexue.bundle.imported_tokenizer import tokenizer_of, write_gguf_tokenizer
+    from megakexue.core.costs import n_parameters
+    from megakexue.core.device import DTYPES
+
+    check_out(args.out, args.overwrite)
+    source = open_source(args.source)
+    config = resolved(source)
+    with temporary_folder() as folder:
+        tokenizer = tokenizer_of(args.source, args.tokenizer)
+        if tokenizer is None:
+            assert isinstance(source, Gguf)
+            tokenizer = write_gguf_tokenizer(source.metadata, Path(folder))
+        parts = weights(source, config, DTYPES.get(args.dtype))
+        lineage: dict[str, Any] = {
+            "from": "hugging face", "source": str(args.source), "family": source.imported.family,
+            "hash": sha256(args.source / "config.json" if args.source.is_dir() else args.source), "step": None,
+            "tokens": None, "data": None, "megakexue": __version__,
+        }  # fmt: skip
+        if not args.no_check:
+            parts = checked(parts, config, args.source, real_ids(tokenizer, args.text, config.vocab_size), lineage)
+        write_bundle(args.out, config, parts, tokenizer, lineage, overwrite=args.overwrite)
+    n_bytes = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {source.imported.family}, {n_parameters(config):,} parameters, {n_bytes:,} bytes")
+    print(f"tokenizer: {tokenizer.name}; the model section of a config to train it: {args.out}/config.yaml")
+
+
+def real_ids(tokenizer: Path, text: Path | None, vocab_size: int) -> "Tensor":
+    """Return [2, n] ids of real text."""
+    import torch
+
+    if text is None:
+        from pydoc_data.topics import topics
+
+        content = "\n".join(topics.values())
+    else:
+        content = text.read_text(encoding="utf-8", errors="replace")
+    content = content[: 40 * N_TOKENS]
+    if tokenizer.suffix == ".json":
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(str(tokenizer)).encode(content, add_special_tokens=False).ids
+    else:
+        import sentencepiece
+
+        ids = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode(content)
+    n = min(N_TOKENS, len(ids)) // 2
+    require(n > N_CACHED, f"--text {text or ''} has {len(ids)} tokens, too few for a comparison: name a longer one")
+    require(max(ids[: 2 * n]) < vocab_size, f"{tokenizer} has more pieces than the {vocab_size} rows of the embedding")
+    return torch.tensor(ids[: 2 * n]).view(2, n)
+
+
+def checked(
+    parts: "Iterator[tuple[str, Tensor]]", config: "ResolvedModel", path: Path, ids: "Tensor", lineage: dict[str, Any]
+) -> "Iterator[tuple[str, Tensor]]":
+    """Pass the parameters on, and then compare the logits of both models; what came of it goes into the lineage.
+
+    Raises:
+        UserError: they differ by more than rounding. So `write_bundle`, which asks for the last one, writes nothing.
+    """
+    import torch
+
+    from megakexue.core.decoder import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(config, "sdpa")
+    own = {}
+    for name, weight in parts:
+        own[name] = weight
+        yield name, weight
+    decoder.load_state_dict(own | ({"head.weight": own["embedding.weight"]} if config.tie_embeddings else {}),
+                            assign=True)  # fmt: skip
+    theirs, ours = logits_of_transformers(path, ids), own_logits(decoder.float().eval(), ids)
+    deviation = float(theirs.std())
+    found = {how: float((x - theirs).abs().max()) for how, x in ours.items()}
+    same = float((ours["whole"].argmax(-1) == theirs.argmax(-1)).double().mean())
+    said = ", ".join(f"{how} {x:.2e}" for how, x in found.items())
+    print(
+        f"{ids.numel()} tokens' float32 logits differ from transformers' by at most: {said} (bound "
+        f"{BOUND * deviation:.2e}, deviation {deviation:.3g}); the best token is the same for {same:.2%}"
+    )
+    require(
+        max(found.values()) <= BOUND * deviation,
+        f"the imported model is not the one of {path}: its logits differ by {max(found.values()):.2e}, more than "
+        f"{BOUND * deviation:.2e}; nothing is written: report the config.json",
+    )
+    lineage["verified"] = {"tokens": ids.numel(), "deviation": deviation, "argmax_equal": same, **found}
+
+
+def logits_of_transformers(path: Path, ids: "Tensor") -> "Tensor":
+    """Return the float32 logits of transformers' class. Raises UserError: it cannot read the model."""
+    import torch
+
+    try:
+        model = load_transformers(path).eval()
+    except ImportError as error:
+        raise UserError(f"the comparison needs megakexue[hf] ({error}): install it, or add --no-check") from error
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"transformers cannot read {path}, so that there is no comparison: {text}") from error
+    with torch.no_grad():
+        logits: Tensor = model(ids).logits
+    return logits
+
+
+def load_transformers(path: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = dict(dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+    if path.is_dir():
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, **options)
+    # not by from_pretrained, which wants another package for GGUF files
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_config(config, **options)
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    left = model.load_state_dict(tensors, strict=False)
+    spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if {*left.missing_keys, *left.unexpected_keys} - spare:
+        raise ValueError(f"its tensors are not those of {type(model).__name__}")
+    return model
+
+
+def own_logits(decoder: Any, ids: "Tensor") -> "dict[str, Tensor]":
+    """Return the logits of all tokens: of whole rows, and of a prompt and single tokens after it."""
+    import torch
+
+    from megakexue.core.decoder import Cache
+
+    t, positions = ids.shape[1], torch.arange(ids.shape[1]).expand_as(ids)
+    caches, starts = [Cache() for _ in decoder.blocks], [0, *range(t - N_CACHED, t + 1)]
+    with torch.no_grad():
+        parts = [decoder(ids[:, a:b], positions[:, a:b], caches=caches, n_positions=b) for a, b in pairwise(starts)]
+        return {"whole": decoder(ids, positions), "cached": torch.cat(parts, dim=1)}
+
+
+if __name__ == "__main__":
+    run_program(main)
