@@ -78,6 +78,7 @@ def test_the_readmes_job_for_a_longer_context(prepared: Prepared, tmp_path: Path
     before, after = done[3], done[7]
     assert "longer than the 64 tokens" in before[2] and "longer than" not in after[2]
     assert re.search(r"1024-2047 .*\d", before[1]) and re.search(r"1024-2047 .*\d", after[1])
+    assert all(f" {length} " in done[-1][1].replace(",", "") for length in (256, 1024)), done[-1][1]
 
 
 # --- on two hosts ----------------------------------------------------------------------------------------------------
