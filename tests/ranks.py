@@ -30,6 +30,9 @@ FIXED = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # what /proc/cpuinfo says of the CPU is enough: torch would compile a trial for each of its extensions, for half a
+    # minute in each empty cache
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",
 }
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -224,9 +223,8 @@ def test_what_is_compiled_depends_on_the_config_and_the_machine_alone(
         chosen("on")
 
 
-def counted(configs: list[ResolvedConfig], cache: str) -> list[tuple[dict[str, Any], dict[str, int]]]:
+def counted(configs: list[ResolvedConfig]) -> list[tuple[dict[str, Any], dict[str, int]]]:
     """Train each config; return its results, and how many graphs the compiler made and where it gave up."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     import torch._dynamo
 
     done = []
@@ -242,15 +240,15 @@ def counted(configs: list[ResolvedConfig], cache: str) -> list[tuple[dict[str, A
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="needs g++")
-def test_compiled_stages_are_equal_in_every_bit_and_near_eager(prepared: Prepared, tmp_path: Path) -> None:
+def test_compiled_stages_are_equal_in_every_bit_and_near_eager(prepared: Prepared) -> None:
     def compiled(config: ResolvedConfig) -> ResolvedConfig:
         return replace(config, engine=replace(config.engine, compile="on"))
 
     # one micro-batch: the sum of two ranks is the same in any order
     stages = (1, False), (2, False), (3, False), (3, True)
     kinds = [make_config(prepared, stage=stage, mla=mla, optim=TIGER, rows=4) for stage, mla in stages]
-    of_ranks = run_on_ranks(2, counted, [compiled(config) for config in kinds], str(tmp_path / "first"))
-    plain = run_on_ranks(2, counted, [kinds[0], kinds[3]], str(tmp_path / "first"))
+    of_ranks = run_on_ranks(2, counted, [compiled(config) for config in kinds])
+    plain = run_on_ranks(2, counted, [kinds[0], kinds[3]])
     # however many documents the rows have: the two parts of all blocks in training and in evaluation, and of the loss
     # its gradient, the sum over chunks, and the scaling of both gradients
     assert [counts for _, counts in of_ranks[0]] == [{"graphs": 8, "breaks": 0}] * len(kinds)
