@@ -148,7 +148,9 @@ class GroupedQueryAttention(nn.Module):
     def project(self, x: Stream, rotary: Rotary, as_latent: bool = False) -> QueriesKeysValues:
         """Return the queries, keys and values of the tokens."""
         projections = (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)
-        q, k, v = (functional.linear(x, w, b).unflatten(-1, (-1, self.d_head)) for w, b in projections)
+        # a bias by itself, since DeepSpeed's linear of stage 3 rounds before it and torch's does not
+        products = (functional.linear(x, w) if b is None else functional.linear(x, w) + b for w, b in projections)
+        q, k, v = (product.unflatten(-1, (-1, self.d_head)) for product in products)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.similarity != "dot":  # without a gain, which would undo it (9859)
