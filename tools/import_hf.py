@@ -93,12 +93,14 @@ def main() -> None:
         write_bundle(args.out, config, parts, tokenizer, lineage, overwrite=args.overwrite)
     n_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {source.imported.family}, {n_parameters(config):,} parameters, {n_bytes:,} bytes")
-    print(f"tokenizer: {tokenizer.name}; the model section of a config to train it: {args.out}/config.yaml")
+    print(f"tokenizer: {tokenizer.name}; to train it: `model: {{from: bundle}}` and `train: {{init_from: {args.out}}}`")
 
 
 def real_ids(tokenizer: Path, text: Path | None, vocab_size: int) -> "Tensor":
     """Return [2, n] ids of real text."""
     import torch
+
+    from megakexue.text.tokenizer_files import load_tokenizer
 
     if text is None:
         from pydoc_data.topics import topics
@@ -107,14 +109,7 @@ def real_ids(tokenizer: Path, text: Path | None, vocab_size: int) -> "Tensor":
     else:
         content = text.read_text(encoding="utf-8", errors="replace")
     content = content[: 40 * N_TOKENS]
-    if tokenizer.suffix == ".json":
-        from tokenizers import Tokenizer
-
-        ids = Tokenizer.from_file(str(tokenizer)).encode(content, add_special_tokens=False).ids
-    else:
-        import sentencepiece
-
-        ids = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode(content)
+    ids = load_tokenizer(tokenizer).encode(content)
     n = min(N_TOKENS, len(ids)) // 2
     require(n > N_CACHED, f"--text {text or ''} has {len(ids)} tokens, too few for a comparison: name a longer one")
     require(max(ids[: 2 * n]) < vocab_size, f"{tokenizer} has more pieces than the {vocab_size} rows of the embedding")
