@@ -132,10 +132,10 @@ class GroupedQueryAttention(nn.Module):
             norms = [Norm(self.d_head, config.norm_eps) for _ in norms]
         self.query_norm, self.key_norm = norms
 
-    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache) -> Stream:
-        """Decode: attend to what the cache has too. `project` and `mix` are training's way."""
+    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
         q, k, v = self.project(x, rotary)
-        k, v = cache.extend(layout, k, v)
+        if cache is not None:
+            k, v = cache.extend(layout, k, v)
         return functional.linear(self.mix(q, k, v, layout).flatten(2), self.wo)
 
     def sends_latent(self, sequence: Sequence | None) -> bool:
@@ -175,8 +175,10 @@ class LatentAttention(nn.Module):
         self.wk_up, self.wv_up, self.wo = _parameters(config, "attention", "wk_up", "wv_up", "wo")
         self.kv_norm = Norm(mla.d_latent, config.norm_eps)
 
-    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache) -> Stream:
-        """Decode: attend to what the cache has too. `project` and `mix` are training's way."""
+    def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        if cache is None:
+            parts = self.project(x, rotary, self.sends_latent(layout.sequence))
+            return functional.linear(self.mix(*parts, layout).flatten(2), self.wo)
         q, latent, k_rope = self._latents(x, rotary)
         (kept,) = cache.extend(layout, torch.cat([latent[:, :, None], k_rope], dim=-1))
         if layout.is_absorbed:
@@ -276,13 +278,14 @@ class Block(nn.Module):
         self.tile_tokens: int | None = None
 
     def forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
-        if cache is not None:  # decoding is eager: each length would be another graph
-            return self._rest(x, self.attention(self._attention_input(x), rotary, layout, cache))
         if self.recompute == "block" and torch.is_grad_enabled():
-            return recomputed(self._forward, x, rotary, layout, offload=self.offload)
-        return self._forward(x, rotary, layout)
+            return recomputed(self._forward, x, rotary, layout, cache, offload=self.offload)
+        return self._forward(x, rotary, layout, cache)
 
-    def _forward(self, x: Stream, rotary: Rotary, layout: Layout) -> Stream:
+    def _forward(self, x: Stream, rotary: Rotary, layout: Layout, cache: Cache | None) -> Stream:
+        # decoding is eager: each length would be another graph
+        if cache is not None or (self._compiled is None and self.tile_tokens is None):
+            return self._rest(x, self.attention(self._attention_input(x), rotary, layout, cache))
         before, after = self._compiled or (self._before, self._after)
         mixed = self.attention.mix(*before(x, rotary, self.attention.sends_latent(layout.sequence)), layout)
         if self.tile_tokens is None:

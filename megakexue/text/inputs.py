@@ -163,7 +163,8 @@ def matches(folder: str, parts: list[str]) -> Iterator[str]:
     head, *rest = parts or [""]
     path = os.path.join(folder, head)
     if not head or (head == "**" and not rest):
-        yield folder or "."
+        if not head or os.path.isdir(folder or "."):  # a file has no folders in it
+            yield folder or "."
     elif not glob.has_magic(head):
         if os.path.lexists(path):
             yield from matches(path, rest)

@@ -151,6 +151,14 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
         found(tmp_path / "in/**/*.txt")
 
 
+def test_a_file_has_nothing_below_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/a").touch()
+    for pattern in ("a/a/**", "*/a/**", "a/**/**"):
+        found = set(matches("/", [part for part in f"{tmp_path}/{pattern}".split("/") if part]))
+        assert found == ({str(tmp_path / "a")} if pattern == "a/**/**" else set()), pattern
+
+
 @given(st.data())
 def test_globs_match_as_those_of_python(data: st.DataObject) -> None:
     name = st.sampled_from(["a", "b", "a.txt", ".b", "[x]"])
