@@ -73,6 +73,7 @@ def main() -> None:
     from megakexue.bundle.imported_tokenizer import tokenizer_of, write_gguf_tokenizer
     from megakexue.core.costs import n_parameters
     from megakexue.core.device import DTYPES
+    from megakexue.text.tokenizer_files import load_tokenizer
 
     check_out(args.out, args.overwrite)
     source = open_source(args.source)
@@ -82,21 +83,29 @@ def main() -> None:
         if tokenizer is None:
             assert isinstance(source, Gguf)
             tokenizer = write_gguf_tokenizer(source.metadata, Path(folder))
-        parts = weights(source, config, DTYPES.get(args.dtype))
+        require(
+            (vocab_size := load_tokenizer(tokenizer).vocab_size) <= config.vocab_size,
+            f"{tokenizer} has {vocab_size} ids, and the embedding {config.vocab_size} rows: name the tokenizer that "
+            "the model was trained with (--tokenizer)",
+        )
+        parts = weights(source, config)
         lineage: dict[str, Any] = {
             "from": "hugging face", "source": str(args.source), "family": source.imported.family,
             "hash": sha256(args.source / "config.json" if args.source.is_dir() else args.source), "step": None,
             "tokens": None, "data": None, "megakexue": __version__,
         }  # fmt: skip
         if not args.no_check:
-            parts = checked(parts, config, args.source, real_ids(tokenizer, args.text, config.vocab_size), lineage)
+            parts = checked(parts, config, args.source, real_ids(tokenizer, args.text), lineage)
+        dtype = DTYPES.get(args.dtype)
+        if dtype is not None:  # after the comparison, which is of the weights as they are stored
+            parts = ((name, weight.to(dtype)) for name, weight in parts)
         write_bundle(args.out, config, parts, tokenizer, lineage, overwrite=args.overwrite)
     n_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {source.imported.family}, {n_parameters(config):,} parameters, {n_bytes:,} bytes")
     print(f"tokenizer: {tokenizer.name}; to train it: `model: {{from: bundle}}` and `train: {{init_from: {args.out}}}`")
 
 
-def real_ids(tokenizer: Path, text: Path | None, vocab_size: int) -> "Tensor":
+def real_ids(tokenizer: Path, text: Path | None) -> "Tensor":
     """Return [2, n] ids of real text."""
     import torch
 
@@ -112,7 +121,6 @@ def real_ids(tokenizer: Path, text: Path | None, vocab_size: int) -> "Tensor":
     ids = load_tokenizer(tokenizer).encode(content)
     n = min(N_TOKENS, len(ids)) // 2
     require(n > N_CACHED, f"--text {text or ''} has {len(ids)} tokens, too few for a comparison: name a longer one")
-    require(max(ids[: 2 * n]) < vocab_size, f"{tokenizer} has more pieces than the {vocab_size} rows of the embedding")
     return torch.tensor(ids[: 2 * n]).view(2, n)
 
 

@@ -131,7 +131,11 @@ def scaling_table(config: Config, cluster: Cluster, tokens: float, document: int
 
 def longest_table(config: Config, cluster: Cluster, is_compiled: bool) -> str:
     """The table of docs/scale.md: by ranks that share a row, and by what the backward pass computes again."""
-    sizes = [size for size in SHARED if cluster.n_gpus % size == 0 and config.model.n_heads % size == 0]
+    heads, groups = config.model.n_heads, config.model.n_groups
+    sizes = [
+        size for size in SHARED
+        if cluster.n_gpus % size == heads % size == 0 and (groups % size == 0 or size % groups == 0)
+    ]  # fmt: skip
     lines = [
         f"| {' | '.join(['settings', *(f'shared by {size}' for size in sizes)])} | on the host, GiB a rank |",
         "|---|" + "--:|" * (len(sizes) + 1),
@@ -140,11 +144,13 @@ def longest_table(config: Config, cluster: Cluster, is_compiled: bool) -> str:
     for name, settings in LONG_ROWS.items():
         rows = []
         for size in sizes:
-            engine = replace(config.engine, sequence_ranks=size, **settings)
-            shared = with_rows_of(replace(config, engine=engine), config.data.seq_len, cluster.n_gpus)
+            start = with_rows_of(
+                replace(config, engine=replace(config.engine, sequence_ranks=1)), 1024 * size, cluster.n_gpus
+            )
+            shared = replace(start, engine=replace(config.engine, sequence_ranks=size, **settings))
             rows.append(longest_row(shared, cluster, is_compiled=is_compiled))
         own = rows[-1] // sizes[-1] * model.n_layers * model.d_model * WIDTHS[config.engine.dtype] / 2**30
-        host = f"{own:.0f}" if "recompute_offload" in settings else "0"
+        host = f"{own:.0f}" if settings["recompute_offload"] else "0"
         lines.append(f"| {name} | {' | '.join(f'{row // 1024:,}k' for row in rows)} | {host} |")
     return "\n".join(lines)
 

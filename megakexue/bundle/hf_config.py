@@ -70,7 +70,8 @@ FAMILIES = {
                  "attention_multiplier": 1.0},
     ),
     "deepseek_v3": Family(
-        architecture="DeepseekV3ForCausalLM", fixed={"hidden_act": "silu", "attention_bias": False},
+        architecture="DeepseekV3ForCausalLM",
+        fixed={"hidden_act": "silu", "attention_bias": False, "num_mtp_layers": 0},
         numbers={"rope_interleave": True, "first_k_dense_replace": 3, "num_nextn_predict_layers": 0},
         given=("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
                "first_k_dense_replace"),
@@ -108,13 +109,21 @@ def read_config(values: dict[str, Any], where: str) -> Imported:
     family = FAMILIES[str(kind)]
     _check_keys(values, family, where)
     numbers = {key: values.get(key, default) for key, default in family.numbers.items()}
+    for key, value in numbers.items():
+        is_list = key == "layer_types" and isinstance(value, list)
+        may_be_null = key in ("layer_types", "sliding_window") and value is None
+        require(
+            is_list or may_be_null or isinstance(value, int | float), f"{where}: {key}={_short(value)} must be a number"
+        )
+    scaling = numbers.get("logits_scaling", 1.0)
+    require(scaling != 0, f"{where}: logits_scaling=0 must not be 0")
     _check_numbers(values, numbers, where)
     context = values["max_position_embeddings"]
     model = {ours: values[theirs] for theirs, ours in SIZES.items()} | {
         "rope": _rope(values, where), "attention": {"scale": "constant"} | family.attention,
         "tie_embeddings": values.get("tie_word_embeddings", False), "norm_eps": values.get("rms_norm_eps", 1e-6),
         "residual": "prenorm", "embed_scale": numbers.get("embedding_multiplier", 1.0),
-        "logit_scale": 1 / numbers.get("logits_scaling", 1.0),
+        "logit_scale": 1 / scaling,
     }  # fmt: skip
     if kind == "deepseek_v3":
         model["mla"] = _latents(values, where)

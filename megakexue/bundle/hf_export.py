@@ -303,16 +303,18 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
 
 def _write_tokenizer(folder: Path, bundle: Bundle, tokenizer: Tokenizer) -> None:
     copy_tokenizer(bundle.tokenizer, folder)
-    length = {"model_max_length": bundle.config.rope.context}
+    length, values = {"model_max_length": bundle.config.rope.context}, dict[str, Any]()
     if not isinstance(tokenizer, SentencePiece):
         config = folder / CONFIG
-        write_json(config, (read_json(config, "a tokenizer_config.json") if config.exists() else {}) | length)
+        values = read_json(config, "a tokenizer_config.json") | length
+        values.pop("auto_map", None)  # names code that is not in this folder
+        write_json(config, values)
         return
     content = tokenizer_json(tokenizer)
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     pieces = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    values: dict[str, Any] = {name: pieces[i] for name, i in ids.items()}
+    values = {name: pieces[i] for name, i in ids.items()}
     values |= {
         "tokenizer_class": "PreTrainedTokenizerFast", **length,
         "model_input_names": ["input_ids", "attention_mask"], "padding_side": "left", "add_bos_token": True,
@@ -325,7 +327,7 @@ def _write_tokenizer(folder: Path, bundle: Bundle, tokenizer: Tokenizer) -> None
 def _card(bundle: Bundle, name: str, kind: Class, dtype: str, licence: str, found: Agreement | None) -> str:
     """Return the model card: what the bundle knows of the model, and how it is loaded."""
     origin = bundle.lineage
-    while "tokens" not in origin and isinstance(origin.get("of"), dict):  # a grown model was trained before
+    while origin.get("tokens") is None and isinstance(origin.get("of"), dict):  # a grown model was trained before
         origin = origin["of"]
     data, losses = origin.get("data") or {}, origin.get("losses") or {}
     is_ours = kind == "MegakexueForCausalLM"
@@ -334,13 +336,16 @@ def _card(bundle: Bundle, name: str, kind: Class, dtype: str, licence: str, foun
         "class": f"`{kind}`" + (f", in `{MODELING.name}` of this folder" if is_ours else ", of transformers"),
         "parameters": f"{n_parameters(bundle.config):,}, {DTYPE_NAMES[dtype]}",
         "context": f"{bundle.config.rope.context:,} tokens",
-        "trained on": f"{origin['tokens']:,} tokens" if "tokens" in origin else unknown,
+        "trained on": unknown if origin.get("tokens") is None else f"{origin['tokens']:,} tokens",
         "training loss": f"{losses['train']:.4f} nats a token" if "train" in losses else unknown,
         "validation loss": f"{losses['validation']:.4f} nats a token" if "validation" in losses else unknown,
         "data": f"fingerprint `{data['fingerprint']}`" if "fingerprint" in data else unknown,
         "licence": licence,
         "checked": str(found) if found else "no",
     }
+    begins = "A text begins with the token BOS, which the tokenizer adds."
+    if bundle.tokenizer.suffix == ".json":  # whose rules are those of the model that it came with
+        begins = "Documents in training begin with BOS, or EOS where there is none; the tokenizer may not add it."
     remote = ", trust_remote_code=True" if is_ours else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
@@ -365,7 +370,7 @@ inputs = tokenizer(["Once upon a time", "import "], return_tensors="pt", padding
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50)))
 ```
 
-A text begins with the token BOS, which the tokenizer adds. Exported by megakexue {__version__}.
+{begins} Exported by megakexue {__version__}.
 
 ## Lineage
 

@@ -143,7 +143,13 @@ class Gguf:
         require(self.metadata.get("split.count", 1) == 1, f"{self.path} is one of several files: join them first")
         values: dict[str, Any] = {"model_type": GGUF_KINDS[str(kind)]}
         own = {k.removeprefix(f"{kind}."): v for k, v in self.metadata.items() if k.startswith(f"{kind}.")}
-        width = own.get("attention.key_length", own["embedding_length"] // own["attention.head_count"])
+        for key in ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "context_length"):
+            is_whole = isinstance(own.get(key), int | np.integer)
+            require(is_whole, f"{self.path}: {kind}.{key}={own.get(key)} must be a whole number")
+        require(
+            "model.embed_tokens.weight" in self._tensors, f"{self.path} has no token_embd.weight: it is no whole model"
+        )
+        width = own.get("attention.key_length", own["embedding_length"] // max(1, own["attention.head_count"]))
         # what has no key in config.json, and the one value that it may have
         fixed = {
             "vocab_size": self._tensors["model.embed_tokens.weight"].data.shape[0], "rope.dimension_count": width,
@@ -240,8 +246,8 @@ def _is_spare(name: str, config: ResolvedModel) -> bool:
     return (name == "lm_head.weight" and config.tie_embeddings) or name.endswith("rotary_emb.inv_freq")
 
 
-def weights(source: Source, config: ResolvedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter of ours, in `dtype` or as it is stored (float32 if it has to be multiplied).
+def weights(source: Source, config: ResolvedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter of ours, as it is stored (float32 if it has to be multiplied).
 
     Raises:
         UserError: a tensor has another shape than config.json says, or is quantised.
@@ -263,4 +269,4 @@ def weights(source: Source, config: ResolvedModel, dtype: torch.dtype | None = N
             weight = unpermuted(weight, *head_rows(name, config))
         if imported.branch != 1 and name.endswith(("attention.wo", "feed_forward.w_down")):
             weight = (weight.double() * imported.branch).float()
-        yield name, weight if dtype is None else weight.to(dtype)
+        yield name, weight

@@ -57,6 +57,8 @@ def write_gguf_tokenizer(metadata: dict[str, Any], folder: Path) -> Path:
         f"the GGUF file's tokenizer (tokenizer.ggml.model={kind}, pre={pre}) is not supported: import makes a "
         f"tokenizer.json for gpt2 with {', '.join(BEFORE_BYTES)}; name that of the same model with --tokenizer",
     )
+    for key in ("tokens", "token_type", "merges"):
+        require(f"tokenizer.ggml.{key}" in metadata, f"the GGUF file has no tokenizer.ggml.{key}: use --tokenizer")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pre == "smollm"}
     added = [
@@ -79,7 +81,7 @@ def write_gguf_tokenizer(metadata: dict[str, Any], folder: Path) -> Path:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name in ("bos", "eos", "unknown", "padding"):
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None:
+        if index is not None and index < len(tokens):
             settings[f"{ {'unknown': 'unk', 'padding': 'pad'}.get(name, name) }_token"] = tokens[index]
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = metadata["tokenizer.chat_template"]

@@ -325,11 +325,12 @@ def largest_micro_batch(config: Config, cluster: Cluster, *, is_compiled: bool =
 
 
 LONG_ROWS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "block": {"recompute": "block"},
-    "block, tiles": {"recompute": "block", "tile_tokens": 8192},
-    "block, tiles, offload": {"recompute": "block", "tile_tokens": 8192, "recompute_offload": True},
-}
+    name: {"recompute": recompute, "tile_tokens": tile, "recompute_offload": offload}
+    for name, recompute, tile, offload in (
+        ("none", "none", None, False), ("block", "block", None, False), ("block, tiles", "block", 8192, False),
+        ("block, tiles, offload", "block", 8192, True),
+    )
+}  # fmt: skip
 """Settings of `engine` for longer and longer rows."""
 
 
@@ -353,7 +354,7 @@ def with_rows_of(config: Config, seq_len: int, world_size: int) -> Config:
     """Return the config with one row of so many tokens for each group of ranks that share it, in one micro-batch."""
     n_rows = n_data_ranks(config, world_size)
     return replace(
-        config, data=replace(config.data, seq_len=seq_len),
+        config, data=replace(config.data, seq_len=seq_len, stages=[]),
         model=replace(config.model, rope=replace(config.model.rope, context=None)),
         train=replace(config.train, micro_batch_size=1, global_batch_size=n_rows),
     )  # fmt: skip

@@ -19,8 +19,8 @@ def recomputed(function: Callable[..., Tensor], *arguments: object, offload: boo
     """Call the function, and call it again in the backward pass instead of keeping what happens in it.
 
     Args:
-        offload: keep the arguments that are tensors in the pinned memory of the host until then. The copies run beside
-            the computation. On a CPU they stay where they are.
+        offload: keep the arguments that are tensors in the pinned memory of the host until then. The host does not wait
+            for the copies, and the device does. On a CPU it is a copy without a gain.
     """
     where: AbstractContextManager[object] = save_on_cpu(pin_memory=True) if offload else nullcontext()
     with where:

@@ -258,6 +258,11 @@ def read_index(path: Path) -> list[Shard]:
         if not info["version"] == index["version"] == 2:
             raise ValueError("its version is not 2")
         raw, compressed = info["raw_data"], info["zip_data"]
+        if Path(raw["basename"]).name != raw["basename"]:
+            raise ValueError(f"{raw['basename']!r} is no file of its folder")
+        for name in raw["hashes"]:
+            if name not in xxhash.algorithms_available and name not in hashlib.algorithms_available:
+                raise ValueError(f"the hash {name} is not known")
         columns = dict(zip(info["column_names"], info["column_encodings"])) if info["format"] == "mds" else {}
         n_compressed = compressed["bytes"] if compressed else 0
         shards.append(Shard(info, raw["basename"], info["samples"], raw["bytes"], raw["hashes"], n_compressed, columns))

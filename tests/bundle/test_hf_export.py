@@ -80,6 +80,8 @@ def test_what_is_imported_is_exported_as_it_was(name: str, prepared: Prepared, t
             continue  # it had its pairs in another order
         if name != "Granite":
             assert torch.equal(ours[key], tensor), key
+    # and imported again
+    assert resolved(open_source(tmp_path / "hf")) == config or name == "Granite"
     tokens = random_ids()
     with torch.no_grad():
         difference = load(tmp_path / "hf")(tokens).logits - model(tokens).logits

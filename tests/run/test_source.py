@@ -60,6 +60,13 @@ def test_manifest_that_does_not_fit(tmp_path: Path) -> None:
         index.write_text(re.sub(r'"samples": [^,]+', f'"samples": {samples}', index.read_text()))
         with pytest.raises(UserError, match=r"train/index.json"):
             open_batches(data_config(tmp_path / "d"), tmp_path)
+    write_source(tmp_path / "e", 20)
+    other, whole = tmp_path / "e/train/index.json", (tmp_path / "e/train/index.json").read_text()
+    for old, new in (('"shard.00000.mds"', '"../../shard.mds"'), ('{"xxh64"', '{"md0"')):
+        assert old in whole, whole
+        other.write_text(whole.replace(old, new))
+        with pytest.raises(UserError, match=r"train/index.json .*(is no file of its folder|the hash md0 is not known)"):
+            open_batches(data_config(tmp_path / "e"), tmp_path)
     index.write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"cannot read train/index.json after 1 attempts \(RecursionError"):
         open_batches(data_config(tmp_path / "d"), tmp_path)

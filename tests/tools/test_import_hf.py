@@ -97,6 +97,18 @@ def test_what_differs_is_not_written(
     run(monkeypatch, source, "--out", out, "--no-check", "--dtype", "bf16")
     assert Bundle(out).weight("blocks.1.attention.wv").dtype == torch.bfloat16
     monkeypatch.undo()
+    # what is compared is not rounded yet; and its card knows no number of tokens
+    run(monkeypatch, source, "--out", out, "--overwrite", "--dtype", "bf16")
+    assert {Bundle(out).weight(f"blocks.1.{name}").dtype for name in ("attention.wv", "attention.wo")} == {
+        torch.bfloat16
+    }
+    run(monkeypatch, out, tmp_path / "hf", "--no-check", program=ROOT / "tools" / "export_hf.py")
+    assert "| trained on | not known |" in (tmp_path / "hf" / "README.md").read_text()
+    model = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(model | {"vocab_size": 511}))
+    with pytest.raises(UserError, match=r"tokenizer.model has 512 ids, and the embedding 511 rows"):
+        run(monkeypatch, source, "--out", tmp_path / "other", "--no-check")
+    (source / "config.json").write_text(json.dumps(model))
     text = tmp_path / "text"
     text.write_text("too short")
     with pytest.raises(UserError, match=r"--text .* tokens, too few for a comparison"):

@@ -29,6 +29,16 @@ def test_what_does_not_fit_is_said() -> None:
     assert code == 0 and "DOES NOT FIT" in out and "try engine.recompute=block" in out
 
 
+def test_the_longest_row_asks_for_no_setting_of_its_own() -> None:
+    heads = ["model.n_heads=12", "model.n_kv_heads=3", "model.d_head=128"]
+    own = ["engine.recompute=product", "data.stages=[{until_step: 10, seq_len: 2048}]"]
+    plain, other = (
+        [CONFIG, *heads, *options, "--gpus", "8", "--gpu", "h100", "--longest-row"] for options in ([], own)
+    )
+    (code, out, _), (_, again, _) = run_without_torch(TOOL, [plain, other])
+    assert code == 0 and out == again and "| settings | shared by 1 | on" in out, (out, again)
+
+
 def test_mistakes_are_one_line() -> None:
     cases = {
         "--gpus 8 --gpu v100": "--gpu v100 is not known: use one of a100, h100, h200, b200",
