@@ -260,6 +260,12 @@ def test_a_model_from_a_bundle(tmp_path: Path) -> None:
             ["model.d_model=96", "model.n_heads=12", "model.n_kv_heads=6", "engine.sequence_ranks=4"],
             "engine.sequence_ranks=4 must divide model.n_kv_heads=6, or be a multiple of it",
         ),
+        (["engine.tile_tokens=0"], "engine.tile_tokens=0 must be positive, or null for off"),
+        (
+            ["engine.tile_tokens=64", "engine.recompute=product"],
+            "engine.tile_tokens=64 computes the feed-forward again by itself: set engine.recompute to none or block",
+        ),
+        (["engine.recompute_offload=true"], "engine.recompute_offload=true moves what engine.recompute=block keeps"),
         (["data.download_timeout_s=0"], "data.download_timeout_s=0.0 must be between 0.001 and 31"),
         (["train.micro_batch_size=3"], "train.global_batch_size=16 must be a multiple of train.micro_batch_size=3"),
         (["train.steps=0"], "train.steps=0 must be positive"),

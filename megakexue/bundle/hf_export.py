@@ -51,12 +51,6 @@ Class = Literal[
 ]  # fmt: skip
 MODELING = Path(__file__).with_name("modeling_megakexue.py")
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
-TOLERANCE = 1e-4
-"""Of the check: the largest difference of a logit, as a share of the logits' standard deviation. Two orders of a sum in
-float32 differ by 1e-6 to 1e-5 of it; a scale that was forgotten by more than 0.01."""
-CHECKED = 256
-"""Tokens of real text in the check; the last of them go through the cache one by one."""
-STEPS = 16
 
 
 def export_hf(

@@ -231,16 +231,8 @@ def _check_init(bundle: Bundle, model: ResolvedModel) -> None:
             f"model.rope.base={rope.base:g} is that of train.init_from={bundle.folder}, so model.rope.extension=base "
             "changes nothing: set model.rope.base=auto, or another number",
         )
-        harmless += [
-            "rope.context",
-            "rope.extension",
-            "rope.trained_context",
-            "rope.yarn_temperature",
-            "rope.ntk_mixed_exponent",
-            "rope.llama3_factor",
-            "rope.llama3_slow",
-            "rope.llama3_fast",
-        ]
+        names = "context", "extension", "trained_context", "yarn_temperature", "ntk_mixed_exponent", "llama3_factor"
+        harmless += [f"rope.{name}" for name in (*names, "llama3_slow", "llama3_fast")]
         if rope.extension == "base":
             harmless.append("rope.base")
     if (trained.attention.scale, model.attention.scale) == (

@@ -20,6 +20,7 @@ import heapq
 import io
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,7 +69,7 @@ class Marks(NamedTuple):
         return cls(first, last, pad)
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back; `load_tokenizer` of megakexue/text/tokenizer_files.py opens one.
 
     Attributes:
@@ -92,6 +93,7 @@ class Tokenizer:
         self.vocab_size = len(pieces)
         self.bos_id, self.eos_id, self.pad_id = marks
 
+    @abstractmethod
     def encode_array(
         self, text: str | bytes, alpha: float | None = None, *, is_start: bool = True
     ) -> npt.NDArray[np.int32]:
@@ -104,7 +106,6 @@ class Tokenizer:
         Raises:
             UserError: a string has a lone surrogate that does not stand for a byte (PEP 383).
         """
-        raise NotImplementedError
 
     def encode(self, text: str | bytes) -> list[int]:
         """Return the ids of the best segmentation, never BOS, EOS or PAD. `decode_bytes` is the inverse.

@@ -15,7 +15,7 @@ from megakexue.bundle.generate import load_decoder
 from megakexue.bundle.hf_export import export_hf, rope_keys
 from megakexue.bundle.hf_import import open_source, resolved, weights
 from megakexue.bundle.modeling_megakexue import MegakexueForCausalLM
-from megakexue.config import UserError
+from megakexue.config import AttentionConfig, UserError
 from tests.bundle.exporting import (
     KINDS,
     PLAIN,
@@ -86,6 +86,15 @@ def test_what_is_imported_is_exported_as_it_was(name: str, prepared: Prepared, t
     with torch.no_grad():
         difference = load(tmp_path / "hf")(tokens).logits - model(tokens).logits
     assert difference.abs().max() < 1e-5
+
+
+def test_biases_and_norms_of_heads_that_no_class_has_are_refused(prepared: Prepared, tmp_path: Path) -> None:
+    both = AttentionConfig(scale="constant", qkv_bias=True, qk_norm=True)
+    for i, changes in enumerate((PLAIN | dict(attention=both), dict(attention=AttentionConfig(qk_norm=True)))):
+        bundle = random_bundle(prepared, tmp_path / str(i), **changes)
+        with pytest.raises(UserError, match=r"no class has .*attention.qk_norm=true.* together"):
+            export_hf(bundle, tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()
 
 
 def test_weights_that_need_no_scale_keep_their_bits(prepared: Prepared, tmp_path: Path) -> None:

@@ -134,6 +134,16 @@ def test_gguf_refusals(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UserError, match=r"general.architecture=gemma2 is not supported: import takes llama, qwen2"):
         open_source(path)
+    writer = gguf.GGUFWriter(path, "llama")  # an adapter has the name of its model, and not all of its tensors
+    for add in (writer.add_embedding_length, writer.add_block_count, writer.add_feed_forward_length):
+        add(32)
+    writer.add_head_count([4, 4])
+    writer.add_context_length(64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"llama.attention.head_count=\[4, 4\] must be a whole number"):
+        open_source(path)
     path.write_bytes(b"no model")
     with pytest.raises(UserError, match=r"is no whole GGUF file"):
         open_source(path)

@@ -51,6 +51,10 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     assert made.decode(made.encode(text).ids) == text
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["eos_token"] == "<|end|>" and settings["chat_template"] == "{{ messages }}"
+    for key in ("tokens", "token_type", "merges"):
+        part = {name: value for name, value in metadata.items() if name != f"tokenizer.ggml.{key}"}
+        with pytest.raises(UserError, match=f"the GGUF file has no tokenizer.ggml.{key}: use --tokenizer"):
+            write_gguf_tokenizer(part, tmp_path)
     for key, value in (("pre", "gpt-4o"), ("model", "llama")):
         with pytest.raises(UserError, match=f"{value}.* is not supported: import makes a tokenizer.json for gpt2"):
             write_gguf_tokenizer(metadata | {f"tokenizer.ggml.{key}": value}, tmp_path)
