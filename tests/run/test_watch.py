@@ -201,9 +201,12 @@ def codes_within(processes: list[BaseProcess], timeout_s: float) -> list[int | N
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_rank_ends_the_others_and_is_the_last_word(victim: int, prepared: Prepared, tmp_path: Path) -> None:
-    config = tiny_config(prepared, tmp_path / "run", *SLOW, "train.global_batch_size=24")
+    config = tiny_config(prepared, tmp_path / "run", *SLOW, "train.global_batch_size=24", "train.steps=4000")
     processes = start_on_ranks(3, train_hindered, config, tmp_path, "")
     until(lambda: steps(tmp_path / "run") >= 8, processes, tmp_path)
+    # eight steps take less than a second, after which a rank says again where it is, and another one reads it
+    told = time.monotonic() + 4
+    until(lambda: time.monotonic() > told, processes, tmp_path)
     processes[victim].kill()
     expected: list[int | None] = [1, 1, 1]
     expected[victim] = -signal.SIGKILL
