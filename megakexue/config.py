@@ -39,6 +39,8 @@ Status = Literal["applied", "skipped", "shrunk", "rolled back"]
 """How an optimizer step ends: in exactly one of these ways, the same on all ranks."""
 Recompute = Literal["none", "product", "feed_forward", "block"]
 """What the backward pass computes again, from least to most."""
+Extension = Literal["base", "interpolate", "ntk", "ntk_exact", "ntk_mixed", "yarn", "llama3", "longrope"]
+"""How the angles of RoPE change for a longer context."""
 
 IGNORED = -100
 """The target of a position that predicts nothing."""
@@ -177,7 +179,7 @@ class RopeConfig:
     """Tokens that the base must serve. None: `data.seq_len`."""
     fraction: float = 1.0
     """Share of a GQA head that is rotated: its last part. For MLA, set `model.mla.d_rope` instead."""
-    extension: Literal["base", "interpolate", "ntk", "ntk_exact", "ntk_mixed", "yarn", "llama3"] | None = None
+    extension: Extension | None = None
     """How to finetune weights, trained for `trained_context` tokens, for the longer `context`.
     With k = context / trained_context:
     base: use a new base;
@@ -187,7 +189,8 @@ class RopeConfig:
     ntk_mixed: divide the frequency of pair i by exp(a i^ntk_mixed_exponent), with a such that the last pair is divided
     by k (9706);
     yarn: keep the fast pairs, interpolate the slow ones (9948);
-    llama3: the same with the bounds and the division of Llama 3.1 (arXiv 2407.21783), see `llama3_factor`.
+    llama3: the same with the bounds and the division of Llama 3.1 (arXiv 2407.21783), see `llama3_factor`;
+    longrope: divide the frequency of each pair by a number of its own, see `longrope_factors`.
     None: the weights are not trained yet, or keep their context."""
     trained_context: int | None = None
     """Tokens that the weights were trained for. Only `extension` uses it."""
@@ -202,6 +205,9 @@ class RopeConfig:
     """A pair that takes fewer turns than this in the trained context is slow (`low_freq_factor`)."""
     llama3_fast: float = 4.0
     """A pair that takes more turns than this keeps its angle (`high_freq_factor`); between the two it is a mixture."""
+    longrope_factors: list[float] | None = None
+    """What longrope divides the frequencies by, a number for each rotated pair, the fastest first (arXiv 2402.13753).
+    They are those of the weights at all lengths, so `trained_context` may be `context`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.base, str):
@@ -215,7 +221,7 @@ class RopeConfig:
         above_one(self, "model.rope.trained_context")
         trained = self.trained_context
         require(
-            trained is None or self.context is None or trained < self.context,
+            self.context is None or self.is_longer(self.context),
             f"model.rope.trained_context={trained} must be below model.rope.context={self.context}, the longer one: "
             "without a longer context, set model.rope.extension=null",
         )
@@ -233,6 +239,18 @@ class RopeConfig:
         if self.extension != "yarn":
             no_effect(self, "model.rope.yarn_temperature", f"model.rope.extension={self.extension}: use yarn")
         self._check_llama3()
+        if self.extension != "longrope":
+            no_effect(self, "model.rope.longrope_factors", f"model.rope.extension={self.extension}: use longrope")
+        factors = self.longrope_factors
+        require(
+            self.extension != "longrope" or (factors is not None and all(factor > 0 for factor in factors)),
+            f"model.rope.longrope_factors={_shown(factors)} must be positive numbers, one for each rotated pair",
+        )
+
+    def is_longer(self, context: int) -> bool:
+        """Whether an extension, if there is one, can be to so many tokens."""
+        trained = self.trained_context
+        return trained is None or trained < context or (self.extension == "longrope" and trained == context)
 
     def _check_llama3(self) -> None:
         if self.extension != "llama3":
@@ -377,6 +395,12 @@ class ModelConfig:
             or self.rope.yarn_temperature is not None,
             f"model.rope.extension=yarn and model.attention.scale={self.attention.scale} are both temperatures of the "
             "softmax: set model.rope.yarn_temperature=false for the second alone, or true for their product",
+        )
+        factors = self.rope.longrope_factors
+        require(
+            factors is None or 2 * len(factors) == self.rotary_width,
+            f"model.rope.longrope_factors has {len(factors or [])} numbers, and RoPE rotates {self.rotary_width // 2} "
+            "pairs: give one for each",
         )
         positive(self, "model.norm_eps", "model.gain_centre", "model.residual_alpha", "model.branch_gain")
         positive(self, "model.embed_scale", "model.logit_scale")
@@ -910,7 +934,7 @@ class Config:
         self._check_sequence_ranks()
         trained = self.model.rope.trained_context
         require(
-            trained is None or trained < (context or self.data.seq_len),
+            self.model.rope.is_longer(context or self.data.seq_len),
             f"model.rope.trained_context={trained} must be below data.seq_len={self.data.seq_len}, which is the "
             "context when model.rope.context is null: without a longer context, set model.rope.extension=null",
         )

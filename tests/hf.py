@@ -19,9 +19,14 @@ LATENTS: dict[str, Any] = dict(
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+FACTORS = [1.0, 1.9, 7.5, 16.9]
+LONGROPE = dict(
+    rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS, factor=1.0, original_max_position_embeddings=256
+)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 2": ("Llama", {}),
     "Llama 3": ("Llama", dict(rope_theta=5e3, rope_scaling=LLAMA3)),
+    "Llama, longrope": ("Llama", dict(rope_scaling=LONGROPE)),
     "SmolLM2": ("Llama", dict(tie_word_embeddings=True, rope_theta=1e5)),
     "Mistral": ("Mistral", dict(sliding_window=None, head_dim=12)),
     "Qwen2": ("Qwen2", dict(tie_word_embeddings=True, rope_theta=1e6)),
@@ -34,13 +39,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek, whole queries": ("DeepseekV3", LATENTS | dict(q_lora_rank=None, rope_interleave=False)),
 }  # fmt: skip
 """By name: the class of transformers, and what it has beside `SIZES`."""
+MINICPM: dict[str, Any] = LATENTS | dict(rms_norm_eps=1e-5, scale_emb=12, scale_depth=1.4, dim_model_base=16)
+del MINICPM["first_k_dense_replace"]
+MODELS_5: dict[str, tuple[str, dict[str, Any]]] = {
+    "MiniCPM3": ("MiniCPM3", MINICPM | dict(rope_scaling=LONGROPE)),
+    "MiniCPM3, untied, whole queries": ("MiniCPM3", MINICPM | dict(q_lora_rank=None, tie_word_embeddings=False)),
+}
+"""The same, of classes that transformers 5 alone has."""
 
 
 def make_model(name: str, seed: int = 0) -> Any:
     """A model of transformers in which every parameter is random: no gain is 1, and no bias 0."""
     import transformers
 
-    kind, values = MODELS[name]
+    kind, values = (MODELS | MODELS_5)[name]
     config = getattr(transformers, f"{kind}Config")(**SIZES | values, attn_implementation="eager")
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(seed)

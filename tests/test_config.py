@@ -186,6 +186,18 @@ def test_a_model_from_a_bundle(tmp_path: Path) -> None:
             "model.rope.ntk_mixed_exponent=0.0 must be in (0, 1]; for 0 use interpolate",
         ),
         (["model.rope.yarn_temperature=true"], "model.rope.yarn_temperature=True has no effect with model.rope.exten"),
+        (
+            ["model.rope.longrope_factors=[1, 2]"],
+            "model.rope.longrope_factors=[1.0, 2.0] has no effect with model.rope.extension=None: use longrope",
+        ),
+        (
+            ["model.rope.extension=longrope", "model.rope.trained_context=64", "model.rope.longrope_factors=[1, -2]"],
+            "model.rope.longrope_factors=[1.0, -2.0] must be positive numbers, one for each rotated pair",
+        ),
+        (
+            ["model.rope.extension=longrope", "model.rope.trained_context=64", "model.rope.longrope_factors=[1, 2]"],
+            "model.rope.longrope_factors has 2 numbers, and RoPE rotates 16 pairs: give one for each",
+        ),
         (["model.rope.llama3_slow=2"], "model.rope.llama3_slow=2.0 has no effect with model.rope.extension=None: use "),
         (
             ["model.rope.extension=llama3", "model.rope.trained_context=64", "model.rope.llama3_slow=4"],

@@ -26,12 +26,13 @@ BOUND = 1e-4
 
 EPILOG = """\
 SOURCE is a folder that save_pretrained of transformers wrote, or a .gguf file, whose quantised tensors become float32.
-Families: Llama 2 and 3, SmolLM2, Mistral without a sliding window, Qwen2 and 2.5, Qwen3, Granite, DeepSeek-V3 with all
-layers dense; GGUF: llama, qwen2 and qwen3. A key of config.json that our decoder does not have is refused by its name.
-Nothing is unpickled, and no code of the folder runs.
+Families: Llama 2 and 3, SmolLM2, Mistral without a sliding window, Qwen2 and 2.5, Qwen3, Granite, MiniCPM3, DeepSeek-V3
+with all layers dense; GGUF: llama, qwen2 and qwen3. A key of config.json that our decoder does not have is refused by
+its name. Nothing is unpickled, and no code of the folder runs.
 
 At the end both models compute the float32 logits of the same text, transformers as a whole and ours with and without a
-cache; where they differ, nothing is left. This needs transformers, and memory for both; --no-check leaves it out.
+cache; where they differ, nothing is left. This needs transformers (for MiniCPM3 version 5), and memory for both;
+--no-check leaves it out.
 
 The bundle trains, grows, generates and evaluates as any other. Its config.yaml has the model section for your config.
 
@@ -95,6 +96,7 @@ def main() -> None:
             "tokens": None, "data": None, "megakexue": __version__,
         }  # fmt: skip
         if not args.no_check:
+            require_class(source.imported.family)
             parts = checked(parts, config, args.source, real_ids(tokenizer, args.text), lineage)
         dtype = DTYPES.get(args.dtype)
         if dtype is not None:  # after the comparison, which is of the weights as they are stored
@@ -161,14 +163,26 @@ def checked(
     lineage["verified"] = {"tokens": ids.numel(), "deviation": deviation, "argmax_equal": same, **found}
 
 
+def require_class(family: str) -> None:
+    """Refuse a comparison for which transformers is missing or too old, before a weight is read. Raises UserError."""
+    try:
+        from transformers import __version__ as version
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ImportError as error:
+        raise UserError(f"the comparison needs megakexue[hf] ({error}): install it, or add --no-check") from error
+    require(
+        family in CONFIG_MAPPING,
+        f"transformers {version} has no class for {family}, and no code of a folder is run: run this program with a "
+        "Python that has transformers 5, or add --no-check",
+    )
+
+
 def logits_of_transformers(path: Path, ids: "Tensor") -> "Tensor":
     """Return the float32 logits of transformers' class. Raises UserError: it cannot read the model."""
     import torch
 
     try:
         model = load_transformers(path).eval()
-    except ImportError as error:
-        raise UserError(f"the comparison needs megakexue[hf] ({error}): install it, or add --no-check") from error
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"transformers cannot read {path}, so that there is no comparison: {text}") from error

@@ -75,7 +75,7 @@ def _check_settings(old: ResolvedModel, new: ResolvedModel) -> None:
     keys += [f"attention.{name}" for name in ("scale", "similarity", "log_n_base", "log_n_floor")]
     keys += ["attention.qkv_bias", "attention.qk_norm"]
     keys += [f"rope.{name}" for name in ("extension", "trained_context", "ntk_mixed_exponent", "yarn_temperature")]
-    keys += [f"rope.{name}" for name in ("llama3_factor", "llama3_slow", "llama3_fast")]
+    keys += [f"rope.{name}" for name in ("llama3_factor", "llama3_slow", "llama3_fast", "longrope_factors")]
     if old.rope.extension not in (None, "base"):
         keys.append("rope.context")
     if old.attention.similarity == "cosine":  # whose queries are normed, so that they cannot make up for it

@@ -69,7 +69,7 @@ def compare(
     tokens = torch.tensor([ids], device=device)
     positions = torch.arange(len(ids), device=device)[None]
     ours = load_decoder(bundle, device)(tokens, positions)[0]
-    theirs = _load(folder).to(device)
+    theirs = load(folder).to(device)
     rounded = theirs(tokens).logits[0]
     is_rounded = _restore(theirs, weights, folder)
     whole = theirs(tokens).logits[0]
@@ -97,7 +97,8 @@ def _largest(difference: Tensor) -> float:
     return difference.abs().nan_to_num(nan=float("inf")).max().item()
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
+    """Return the model of an export as transformers loads it, in float32. Raises UserError: transformers is missing."""
     try:
         import transformers
     except ImportError as error:

@@ -4,6 +4,7 @@ What must stay true: every key that changes what transformers' class computes is
 that is not in the tables below is refused too, whatever it may mean, unless it is null or false.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +46,11 @@ class Family:
 
 _LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _QWEN: dict[str, Any] = {"hidden_act": "silu", "use_sliding_window": False}
-_EXPERTS = (
+_LATENTS = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim")
+_DEEPSEEK = (  # experts, and layers that predict further tokens: a folder that has them has tensors of theirs
     "moe_intermediate_size", "n_shared_experts", "n_routed_experts", "routed_scaling_factor", "n_group", "topk_group",
     "num_experts_per_tok", "norm_topk_prob", "topk_method", "scoring_func", "moe_layer_freq", "aux_loss_alpha",
-    "seq_aux", "ep_size", "qk_head_dim",
+    "seq_aux", "ep_size", "qk_head_dim", "num_nextn_predict_layers", "num_mtp_layers",
 )  # fmt: skip
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM", fixed=_LLAMA),
@@ -71,14 +73,22 @@ FAMILIES = {
     ),
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
-        fixed={"hidden_act": "silu", "attention_bias": False, "num_mtp_layers": 0},
-        numbers={"rope_interleave": True, "first_k_dense_replace": 3, "num_nextn_predict_layers": 0},
-        given=("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-               "first_k_dense_replace"),
-        harmless=_EXPERTS,
+        fixed={"hidden_act": "silu", "attention_bias": False},
+        numbers={"rope_interleave": True, "first_k_dense_replace": 3},
+        given=(*_LATENTS, "v_head_dim", "first_k_dense_replace"), harmless=_DEEPSEEK,
+    ),
+    "minicpm3": Family(
+        architecture="MiniCPM3ForCausalLM", fixed=_LLAMA, numbers={"tie_word_embeddings": True},
+        # the class that its makers publish has other defaults than that of transformers
+        given=(*_LATENTS, "scale_emb", "scale_depth", "dim_model_base", "rms_norm_eps"),
+        # auto_map names the makers' class, which is not run: transformers 5 has its own
+        harmless=("v_head_dim", "qk_head_dim", "auto_map"),
     ),
 }  # fmt: skip
 """By `model_type`."""
+MULTIPLIERS = ("scale_emb", "scale_depth", "dim_model_base")
+"""Of MiniCPM3: numbers that must be given."""
+LATENT_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,32 +119,46 @@ def read_config(values: dict[str, Any], where: str) -> Imported:
     family = FAMILIES[str(kind)]
     _check_keys(values, family, where)
     numbers = {key: values.get(key, default) for key, default in family.numbers.items()}
+    numbers |= {key: values[key] for key in MULTIPLIERS if key in family.given}
     for key, value in numbers.items():
         is_list = key == "layer_types" and isinstance(value, list)
         may_be_null = key in ("layer_types", "sliding_window") and value is None
         require(
             is_list or may_be_null or isinstance(value, int | float), f"{where}: {key}={_short(value)} must be a number"
         )
-    scaling = numbers.get("logits_scaling", 1.0)
-    require(scaling != 0, f"{where}: logits_scaling=0 must not be 0")
     _check_numbers(values, numbers, where)
-    context = values["max_position_embeddings"]
+    context, eps = values["max_position_embeddings"], values.get("rms_norm_eps", 1e-6)
+    embed, branch, logits = _multipliers(values, numbers, where)
     model = {ours: values[theirs] for theirs, ours in SIZES.items()} | {
         "rope": _rope(values, where), "attention": {"scale": "constant"} | family.attention,
-        "tie_embeddings": values.get("tie_word_embeddings", False), "norm_eps": values.get("rms_norm_eps", 1e-6),
-        "residual": "prenorm", "embed_scale": numbers.get("embedding_multiplier", 1.0),
-        "logit_scale": 1 / scaling,
+        "tie_embeddings": numbers.get("tie_word_embeddings", values.get("tie_word_embeddings", False)),
+        "norm_eps": eps, "residual": "prenorm", "embed_scale": embed, "logit_scale": logits,
     }  # fmt: skip
-    if kind == "deepseek_v3":
+    if "kv_lora_rank" in family.given:
         model["mla"] = _latents(values, where)
+        require(isinstance(eps, int | float) and eps > 0, f"{where}: rms_norm_eps={eps} must be a positive number")
+        # norms of latents have this eps in their classes, whatever config.json says; norm(x, eps) is norm(c x, eps c^2)
+        shrunk = math.sqrt(LATENT_EPS / eps)
+        branch *= shrunk
+        model |= {"norm_eps": LATENT_EPS, "embed_scale": embed * shrunk}
     else:
         model["n_kv_heads"], model["d_head"] = values.get("num_key_value_heads"), values.get("head_dim")
     if "attention_multiplier" in numbers:
         model["attention"]["softmax_scale"] = numbers["attention_multiplier"]
     return Imported(
         family=str(kind), model=build(ModelConfig, model, where=where), context=context,
-        branch=numbers.get("residual_multiplier", 1.0), is_interleaved=bool(numbers.get("rope_interleave", False)),
+        branch=branch, is_interleaved=bool(numbers.get("rope_interleave", False)),
     )  # fmt: skip
+
+
+def _multipliers(values: dict[str, Any], numbers: dict[str, Any], where: str) -> tuple[float, float, float]:
+    """Return what multiplies embeddings, residual branches and logits, by the keys of Granite or of MiniCPM3."""
+    if "scale_emb" in numbers:
+        branch = numbers["scale_depth"] / math.sqrt(max(1, values["num_hidden_layers"]))
+        return numbers["scale_emb"], branch, numbers["dim_model_base"] / max(1, values["hidden_size"])
+    scaling = numbers.get("logits_scaling", 1.0)
+    require(scaling != 0, f"{where}: logits_scaling=0 must not be 0")
+    return numbers.get("embedding_multiplier", 1.0), numbers.get("residual_multiplier", 1.0), 1 / scaling
 
 
 def _check_keys(values: dict[str, Any], family: Family, where: str) -> None:
@@ -181,8 +205,6 @@ def _check_numbers(values: dict[str, Any], numbers: dict[str, Any], where: str) 
         dense >= n_layers,
         f"{where}: first_k_dense_replace={dense} of {n_layers} layers: experts (MoE) are not supported",
     )
-    extra = numbers.get("num_nextn_predict_layers", 0)
-    require(extra == 0, f"{where}: num_nextn_predict_layers={extra} is not supported: set it to 0 to leave them out")
 
 
 def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -202,30 +224,64 @@ def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:
     rope: dict[str, Any] = {"base": bases[0] if bases else 10000.0, "context": values["max_position_embeddings"]}
     if not scaled:
         return rope
-    kind, names = scaled[0].pop("rope_type"), {
+    kind = scaled[0].pop("rope_type")
+    require(
+        kind in ("llama3", "longrope"),
+        f"{where}: rope_type={kind} is not supported: import takes default, llama3 and longrope",
+    )
+    own = _llama3(scaled[0], where) if kind == "llama3" else _longrope(scaled[0], rope["context"], where)
+    return rope | {"extension": kind} | own
+
+
+def _llama3(values: dict[str, Any], where: str) -> dict[str, Any]:
+    names = {
         "factor": "llama3_factor", "low_freq_factor": "llama3_slow", "high_freq_factor": "llama3_fast",
         "original_max_position_embeddings": "trained_context",
     }  # fmt: skip
     require(
-        kind == "llama3",
-        f"{where}: rope_type={kind} is not supported: import takes default and llama3",
+        values.keys() == names.keys(),
+        f"{where}: rope_type=llama3 has the keys {sorted(values)} instead of {sorted(names)}",
+    )
+    return {ours: values[theirs] for theirs, ours in names.items()}
+
+
+def _longrope(values: dict[str, Any], context: int, where: str) -> dict[str, Any]:
+    """Read the numbers that divide the frequencies: of two sets, the one that serves every position."""
+    short, long = "short_factor", "long_factor"
+    needed = {short, long, "original_max_position_embeddings"}
+    require(
+        needed <= values.keys() <= needed | {"factor", "attention_factor"},
+        f"{where}: rope_type=longrope has the keys {sorted(values)} instead of {sorted(needed)}",
+    )
+    trained = values["original_max_position_embeddings"]
+    require(
+        isinstance(trained, int) and trained > 1,
+        f"{where}: original_max_position_embeddings={_short(trained)} must be a whole number above 1",
     )
     require(
-        scaled[0].keys() == names.keys(),
-        f"{where}: rope_type=llama3 has the keys {sorted(scaled[0])} instead of {sorted(names)}",
+        context <= trained or values[short] == values[long],
+        f"{where}: {long} differs from {short}, and max_position_embeddings={context} is beyond "
+        f"original_max_position_embeddings={trained}: our decoder has one set for all lengths (for a context of "
+        f"{trained}, set max_position_embeddings={trained})",
     )
-    return rope | {"extension": "llama3"} | {ours: scaled[0][theirs] for theirs, ours in names.items()}
+    scale, factor = values.get("attention_factor"), values.get("factor")
+    if scale is None:
+        factor = context / trained if factor is None else factor
+        scale = 1.0 if isinstance(factor, int | float) and factor <= 1 else f"null with factor={_short(factor)}"
+    require(scale == 1, f"{where}: attention_factor={_short(scale)} is not supported: our decoder has 1 with longrope")
+    return {"longrope_factors": values[short], "trained_context": min(trained, context)}
 
 
 def _latents(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Read the widths of DeepSeek's latent attention."""
-    heads, eps = values["num_attention_heads"], values.get("rms_norm_eps", 1e-6)
+    """Read the widths of latent attention."""
+    heads = values["num_attention_heads"]
     for key, needed in (("num_key_value_heads", heads), ("head_dim", values["qk_rope_head_dim"])):
         found = values.get(key)
         require(found in (None, needed), f"{where}: {key}={found} must be {needed} with latent attention")
-    # DeepseekV3RMSNorm of the latents has this eps, whatever config.json says
-    require(eps == 1e-6, f"{where}: rms_norm_eps={eps} is not supported with latents, whose norms have 1e-6")
+    width = values.get("v_head_dim")
+    if width is None:  # MiniCPM3
+        width = values["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else None
     return {
         "d_latent": values["kv_lora_rank"], "d_query_latent": values["q_lora_rank"],
-        "d_nope": values["qk_nope_head_dim"], "d_rope": values["qk_rope_head_dim"], "d_value": values["v_head_dim"],
+        "d_nope": values["qk_nope_head_dim"], "d_rope": values["qk_rope_head_dim"], "d_value": width,
     }  # fmt: skip

@@ -35,6 +35,7 @@ def frequencies(rope: ResolvedRope, d_rotary: int) -> Float64[np.ndarray, " pair
                       turns that a pair takes in the trained context (9948)
         llama3        the same with g = (r - slow) / (fast - slow) in [0, 1], and llama3_factor for k; it is
                       _compute_llama3_parameters of transformers
+        longrope      theta_i / longrope_factors_i (arXiv 2402.13753)
 
     Raises:
         UserError: ntk_exact of a single pair.
@@ -54,6 +55,8 @@ def frequencies(rope: ResolvedRope, d_rotary: int) -> Float64[np.ndarray, " pair
     if rope.extension == "ntk_mixed":
         digit = np.arange(1, d // 2 + 1) / (d // 2)
         return theta / np.exp(math.log(k) * digit**rope.ntk_mixed_exponent)
+    if rope.longrope_factors is not None:
+        return theta / np.array(rope.longrope_factors)
     slow, fast = 1.0, 32.0
     if rope.extension == "llama3":
         assert rope.llama3_factor is not None, "resolve first"

@@ -232,7 +232,7 @@ def _check_init(bundle: Bundle, model: ResolvedModel) -> None:
             "changes nothing: set model.rope.base=auto, or another number",
         )
         names = "context", "extension", "trained_context", "yarn_temperature", "ntk_mixed_exponent", "llama3_factor"
-        harmless += [f"rope.{name}" for name in (*names, "llama3_slow", "llama3_fast")]
+        harmless += [f"rope.{name}" for name in (*names, "llama3_slow", "llama3_fast", "longrope_factors")]
         if rope.extension == "base":
             harmless.append("rope.base")
     if (trained.attention.scale, model.attention.scale) == (

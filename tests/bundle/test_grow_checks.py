@@ -13,6 +13,7 @@ from megakexue.bundle.grow_checks import locked_axes
 from megakexue.config import AttentionConfig, MlaConfig, RopeConfig, UserError
 from tests.bundle.growing import BASE, GQA, MLA, build, grown, logits_of, model, packed, trained
 
+LONGROPE = RopeConfig(base=BASE, extension="longrope", trained_context=32, longrope_factors=[1.0, 3.5])
 REFUSALS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, dict[str, Any]]] = [
     # old, changes, choices, message, the remedy that the message names
     (GQA, dict(d_ff=8), {}, "model.d_ff=8 is below that of the weights: set model.d_ff=10 or more", dict(d_ff=10)),
@@ -145,6 +146,13 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, dict[s
         {},
         "no other can stand for them: set model.mla.d_rope=4$",
         dict(mla=dataclasses.replace(MLA["mla"], d_nope=5)),
+    ),
+    (
+        GQA | dict(rope=LONGROPE),
+        dict(rope=dataclasses.replace(LONGROPE, longrope_factors=[1.0, 2.0])),
+        {},
+        r"model.rope.longrope_factors=\[1.0, 2.0\] changes .*: set model.rope.longrope_factors=\[1.0, 3.5\]",
+        dict(rope=dataclasses.replace(LONGROPE, fraction=4 / 6), d_head=6, n_layers=3),
     ),
     (
         GQA,

@@ -1,30 +1,36 @@
 """Folders and GGUF files of random models: the same weights, the same logits, and what is refused."""
 
 import json
+import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from megakexue.bundle.families import head_rows, is_rotated, our_weight, permuted
 from megakexue.bundle.hf_import import Folder, open_source, resolved, weights
 from megakexue.config import UserError
 from megakexue.core.decoder import Decoder
-from tests.helpers import positions_of
-from tests.hf import MODELS, random_ids, save_model, write_gguf
+from tests.conftest import Prepared
+from tests.helpers import ROOT, positions_of
+from tests.hf import MODELS, MODELS_5, random_ids, save_model, write_gguf
+from tests.transformers5 import python_with_transformers5
 
 
 @torch.no_grad()
 def difference(path: Path, theirs: Any) -> float:
-    """The largest difference of the float32 logits."""
+    """The largest difference of the float32 logits; `theirs` is a model, or its logits."""
     source = open_source(path)
     config = resolved(source)
-    decoder, tokens = Decoder(config, "reference"), random_ids()
+    decoder, tokens = Decoder(config, "reference"), random_ids(theirs.shape[1] if isinstance(theirs, Tensor) else 60)
     own = dict(weights(source, config))
     decoder.load_state_dict(own | ({"head.weight": own["embedding.weight"]} if config.tie_embeddings else {}))
-    logits = theirs(tokens).logits
+    logits = theirs if isinstance(theirs, Tensor) else theirs(tokens).logits
     assert 0.1 < logits.std() < 5
     return float((decoder(tokens, positions_of(tokens)) - logits).abs().max())
 
@@ -34,8 +40,12 @@ def test_a_folder_of_each_family(name: str, tmp_path: Path) -> None:
     model = save_model(name, tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert difference(tmp_path, model) <= 1e-5
-    source, state = Folder(tmp_path), model.state_dict()
-    config, factor = resolved(source), 0.22 if name == "Granite" else 1.0
+    check_weights(Folder(tmp_path), model.state_dict(), 0.22 if name == "Granite" else 1.0)
+
+
+def check_weights(source: Folder, state: dict[str, Tensor], factor: float) -> None:
+    """Compare bit for bit; `factor` is what multiplies the residual branches."""
+    config = resolved(source)
     for own, weight in weights(source, config):
         stored = our_weight(own, config, state.__getitem__)
         if source.imported.is_interleaved and is_rotated(own):
@@ -43,6 +53,32 @@ def test_a_folder_of_each_family(name: str, tmp_path: Path) -> None:
         if own.endswith((".wo", ".w_down")):
             stored = (stored.double() * factor).float()
         assert torch.equal(weight, stored), own
+
+
+@pytest.mark.slow
+def test_models_of_transformers_5(prepared: Prepared, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Saved by 5.x: imported, compared and exported there by our programs, and imported here."""
+    python = python_with_transformers5(request.config.cache.mkdir("transformers5"))  # type: ignore[union-attr]
+    command = [str(python), "-m", "tests.bundle.models5", str(tmp_path), str(prepared.tokenizer)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    found, logits = json.loads(done.stdout.splitlines()[-1]), load_file(tmp_path / "logits.safetensors")
+    assert found["version"].startswith("5.") and found["models"].keys() == (MODELS | MODELS_5).keys()
+    for name, (kind, values) in (MODELS | MODELS_5).items():
+        model, theirs = found["models"][name], tmp_path / name / "theirs"
+        assert model["difference"] <= 1e-5, name
+        assert difference(theirs, logits[name]) <= 1e-5, name
+        branch = values.get("residual_multiplier", 1.0)
+        if "scale_depth" in values:  # the stream is smaller, so that all norms have the epsilon of the latents
+            branch = values["scale_depth"] / math.sqrt(2) * math.sqrt(1e-6 / 1e-5)
+        state = load_file(theirs / "model.safetensors")
+        check_weights(Folder(theirs), state, branch)
+        if kind == "MiniCPM3":
+            # the factors of the frequencies are in no plain class
+            assert model["class"] == ("MegakexueForCausalLM" if "rope_scaling" in values else "DeepseekV3ForCausalLM")
+        elif kind != "Granite" and "rope_interleave" not in values:
+            again = load_file(tmp_path / name / "hf" / "model.safetensors")
+            assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state), name
 
 
 def test_dtypes(tmp_path: Path) -> None:
@@ -60,7 +96,7 @@ def test_a_folder_that_is_not_whole(tmp_path: Path) -> None:
     path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole, values = load_file(path), json.loads(config.read_text())
 
-    def refused(message: str, tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> None:
+    def refused(message: str, tensors: dict[str, Tensor] | None = None, **changes: Any) -> None:
         config.write_text(json.dumps(values | changes))
         if tensors is not None:
             save_file(tensors, path)

@@ -196,6 +196,23 @@ def test_llama3_is_that_of_transformers() -> None:
     assert chosen.llama3_factor == 8
 
 
+def test_longrope_is_that_of_transformers() -> None:
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    factors = (1 + np.arange(64) ** 1.5 / 30).tolist()
+    scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0}
+    config = LlamaConfig(head_dim=128, rope_theta=1e4, max_position_embeddings=8192, rope_scaling=scaling)
+    theirs, scale = rope_utils.ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+    rope = extended("longrope", longrope_factors=factors)
+    assert scale == 1 == temperature(rope)
+    assert frequencies(rope, 128) == pytest.approx(theirs.double().numpy(), rel=1e-6)  # theirs are float32
+    assert frequencies(rope, 128) == pytest.approx(THETA / factors, rel=1e-14)
+    # the factors of the weights themselves: no longer context
+    same = model(rope=RopeConfig(base=1e4, extension="longrope", trained_context=4096, longrope_factors=factors)).rope
+    assert same.context == same.trained_context == 4096 and same.stretch == 1
+
+
 def test_temperature() -> None:
     assert temperature(extended("yarn")) == pytest.approx((0.1 * math.log(8) + 1) ** 2, rel=1e-15)
     assert temperature(extended("yarn", yarn_temperature=True)) == temperature(extended("yarn"))

@@ -3,18 +3,23 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megakexue.bundle.bundle import Bundle
+from megakexue.bundle.families import their_names, their_weight
+from megakexue.bundle.hf_config import read_config
 from megakexue.config import Config, UserError, load_config, read_yaml, to_yaml
+from megakexue.core.resolve import resolve
 from tests.conftest import Prepared
-from tests.helpers import ROOT, outcomes, records, tiny_run
-from tests.hf import save_model
+from tests.helpers import ROOT, build, outcomes, records, tiny_run
+from tests.hf import MINICPM, SIZES, save_model
 from tests.programs import run_without_torch
 from tests.ranks import run_on_ranks
 
@@ -124,6 +129,31 @@ def test_what_differs_is_not_written(
         run(monkeypatch, source, "--out", out, "--overwrite")
     run(monkeypatch, source, "--out", out, "--overwrite", "--tokenizer", prepared.tokenizer)
     assert "granite, " in capsys.readouterr().out
+
+
+def test_a_class_that_transformers_lacks(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("transformers 5 has the class")
+    values = SIZES | MINICPM | {"model_type": "minicpm3", "architectures": ["MiniCPM3ForCausalLM"]}
+    source, out, config = tmp_path / "model", tmp_path / "bundle", resolve(read_config(values, "x").model, "adamw", 256)
+    own = {name: p.detach() for name, p in build(config).named_parameters()}
+    tensors = {name: their_weight(name, config, own.__getitem__).contiguous() for name in their_names(config)}
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(values | {"auto_map": {"AutoModelForCausalLM": "modeling.X"}}))
+    (source / "modeling.py").write_text("raise SystemExit('code of the folder was run')")
+    shutil.copyfile(prepared.tokenizer, source / "tokenizer.model")
+    with pytest.raises(UserError, match=r"^transformers 4\.\S+ has no class for minicpm3, .* that has transformers 5"):
+        run(monkeypatch, source, "--out", out)
+    assert not out.exists()
+    run(monkeypatch, source, "--out", out, "--no-check")
+    assert "minicpm3, " in capsys.readouterr().out
+    opened, factor = Bundle(out), 1.4 / 2**0.5 * 0.1**0.5
+    assert opened.config == config and torch.equal(opened.weight("embedding.weight"), own["embedding.weight"])
+    assert torch.allclose(opened.weight("blocks.1.attention.wo"), own["blocks.1.attention.wo"] * factor)
 
 
 def test_mistakes_in_the_arguments_cost_no_imports(tmp_path: Path) -> None:
