@@ -39,7 +39,16 @@ def sha256(path: str | Path) -> str:
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """Push a file to the disk and return its entry in a manifest: size and sha256."""
+    """Push a file to the disk and return its entry in a manifest: size and sha256.
+
+    It gets the permissions of any new file in its folder: safetensors lets nobody but the owner read what it writes.
+    """
+    if path.stat().st_mode & 0o077 == 0:
+        probe = path.with_name(f"{path.name}.tmp")
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": sha256(path)}

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megakexue import files
 from megakexue.config import UserError
@@ -51,6 +53,20 @@ def test_sha256_and_seal(size: int, tmp_path: Path, synced: list[Path]) -> None:
     assert synced == []
     assert seal(path) == {"size": size, "sha256": hashlib.sha256(data).hexdigest()}
     assert synced == [path]
+
+
+def test_a_sealed_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        old = os.umask(umask)
+        try:
+            path = tmp_path / f"{umask}.safetensors"
+            save_file({"a": torch.zeros(2)}, path)
+            assert path.stat().st_mode & 0o777 == 0o600, "safetensors has changed: seal need not do this"
+            seal(path)
+        finally:
+            os.umask(old)
+        assert path.stat().st_mode & 0o777 == mode
+    assert names(tmp_path) == [f"{umask}.safetensors" for umask in (0o022, 0o027, 0o077)]
 
 
 def test_sync_folder(tmp_path: Path, synced: list[Path]) -> None:

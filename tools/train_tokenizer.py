@@ -28,9 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or quoted glob")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.model", help="FILE.json with the facts goes beside it"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.model", help="FILE.facts.json goes beside it")
     parser.add_argument(
         "--vocab-size", type=as_integer, required=True, help="number of ids, the 260 special and byte pieces included"
     )
@@ -64,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    out, facts_file, list_file = (args.out.with_suffix(ending) for ending in (".model", ".json", ".skipped.tsv"))
+    out, facts_file, list_file = (args.out.with_suffix(ending) for ending in (".model", ".facts.json", ".skipped.tsv"))
     require(args.out.suffix == ".model", f"--out {args.out} must end in .model")
     for file in (out, facts_file):
         require(args.overwrite or not file.exists(), f"{file} exists: choose another --out, or pass --overwrite")

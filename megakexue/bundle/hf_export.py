@@ -82,8 +82,7 @@ def export_hf(
             ids = [tokenizer.bos_id, *tokenizer.encode(Path(__file__).read_text("utf-8") if text is None else text)]
             found = compare(bundle, folder, _weights(bundle, kind), ids, device)
         (folder / "README.md").write_text(_card(bundle, out.name, kind, dtype, licence, found), encoding="utf-8")
-        for path in folder.iterdir():
-            path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
+        for path in sorted(folder.iterdir()):
             seal(path)
     return kind, reasons, found
 

@@ -4,7 +4,6 @@ What must stay true: files are safetensors or GGUF, so that nothing is unpickled
 tensor of the files is used, or refused by its name; a weight that is not multiplied keeps its bits.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -21,6 +20,7 @@ from megakexue.bundle.hf_config import read_config
 from megakexue.config import ResolvedModel, UserError, require
 from megakexue.core.axes import parameter_names, shape
 from megakexue.core.resolve import resolve
+from megakexue.files import read_json
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,7 +34,12 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.imported = read_config(_read_json(path / "config.json"), str(path / "config.json"))
+        config = path / "config.json"
+        require(
+            config.is_file(),
+            f"no file {config}: name a folder that transformers' save_pretrained wrote, or a .gguf file",
+        )
+        self.imported = read_config(read_json(config, "the model's config"), str(config))
         self._files = self._find_files()
 
     def _find_files(self) -> dict[str, Path]:
@@ -47,7 +52,7 @@ class Folder:
         )
         files = [single.name]
         if not single.is_file():
-            entries = _read_json(index).get("weight_map")
+            entries = read_json(index, "the names of the tensors").get("weight_map")
             named: list[Any] = [*entries.values()] if isinstance(entries, dict) else [None]
             require(
                 all(isinstance(name, str) for name in named), f"{index} has no weight_map of names: download it again"
@@ -74,16 +79,6 @@ class Folder:
         """Return a tensor as it is stored."""
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    require(path.is_file(), f"no file {path}: name a folder that transformers' save_pretrained wrote, or a .gguf file")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is no JSON ({error}): download it again") from error
-    require(isinstance(values, dict), f"{path} is no JSON object: download it again")
-    return values
 
 
 GGUF_KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

@@ -162,6 +162,8 @@ class SentencePiece(Tokenizer):
         self._byte_ids = {int(p.piece[3:5], 16): i for i, p in enumerate(model.pieces) if p.type == Piece.BYTE}
         if len(self._byte_ids) < 256:
             missing.append("byte pieces")
+        if not any(p.piece == SPACE and p.type not in SILENT for p in model.pieces):
+            missing.append("piece for a space, which would come back as U+2581")
         advice = "take the tokenizer.json of the same model, or train one with tools/train_tokenizer.py"
         require(not missing, f"{path} has no {', no '.join(missing)}: {advice}")
         # no text becomes the unknown piece, because there are bytes
@@ -334,6 +336,7 @@ def train_tokenizer(
             unk_id=0, bos_id=1, eos_id=2, pad_id=3, user_defined_symbols=list(user_symbols), byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             split_digits=True,
+            required_chars=SPACE,  # also where the text has no space, or few: no other piece can stand for it
             allow_whitespace_only_pieces=True,  # indentation
             max_sentence_length=2**20,  # above any block: sentencepiece drops longer ones
             num_threads=n_threads, minloglevel=0 if verbose else 2,

@@ -129,7 +129,7 @@ def test_a_folder_that_is_not_whole(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         refused(message)
     config.write_text("{")
-    with pytest.raises(UserError, match=r"config.json is no JSON"):
+    with pytest.raises(UserError, match=r"config.json: cannot read the model's config: Expecting"):
         open_source(tmp_path)
     with pytest.raises(UserError, match=r"no file or folder .*nowhere"):
         open_source(tmp_path / "nowhere")

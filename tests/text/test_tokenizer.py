@@ -24,6 +24,7 @@ from megakexue.text.tokenizer import (
     CUT_CHARS,
     SPACE,
     Kind,
+    ModelProto,
     Sample,
     SentencePiece,
     set_sample_seed,
@@ -268,6 +269,20 @@ def test_needs_no_torch() -> None:
 def test_refuses_a_model_that_cannot_be_exact(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SentencePiece(foreign_model(tmp_path, **options))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_text_without_spaces_gives_a_tokenizer_for_all_text(tmp_path: Path, kind: Kind) -> None:
+    texts = ["".join(text.split()) for text in stdlib_texts(3)]
+    train_tokenizer(texts, tmp_path / "t.model", vocab_size=500, kind=kind)
+    for text in NASTY:
+        check_lossless(SentencePiece(tmp_path / "t.model"), text)
+    # a model of others has no piece for a space then
+    model = ModelProto.FromString((tmp_path / "t.model").read_bytes())
+    next(piece for piece in model.pieces if piece.piece == SPACE).piece = "zebra"
+    (tmp_path / "t.model").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"has no piece for a space, which would come back as U\+2581: take the "):
+        SentencePiece(tmp_path / "t.model")
 
 
 def test_reads_a_foreign_model_that_can(tmp_path: Path) -> None:

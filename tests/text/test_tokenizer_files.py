@@ -40,7 +40,7 @@ def test_a_copy_is_the_same_tokenizer(path: Path, model: Path, tmp_path: Path) -
         copy = copy_tokenizer(source, folder)
         assert copy == folder / name == find_tokenizer(folder) == copy_tokenizer(copy, folder)
         assert load_tokenizer(copy).sha256 == tokenizer_sha256(copy) == tokenizer_sha256(source)
-    (tmp_path / "tokenizer.model" / "tokenizer.json").write_text("{}")  # as train_tokenizer.py puts it beside a model
+    (tmp_path / "tokenizer.model" / "tokenizer.json").write_text("{}")  # as train_tokenizer.py once put it
     assert find_tokenizer(tmp_path / "tokenizer.model").name == "tokenizer.model"
 
 

@@ -53,7 +53,7 @@ def test_tool_reads_every_kind_of_file(corpus: Path, tmp_path: Path) -> None:
         "<|a|>",
     ]
     said = run_tool(*arguments, "--out", out)
-    tokenizer, facts = SentencePiece(out), json.loads((tmp_path / "new/t.json").read_text())
+    tokenizer, facts = SentencePiece(out), json.loads((tmp_path / "new/t.facts.json").read_text())
     assert tokenizer.vocab_size == 500 and tokenizer.encode("<|a|>") == [4]
     assert facts["sha256"] == tokenizer.sha256
     assert facts["text_bytes"] == sum(len(text.encode()) for text in stdlib_texts(6))
@@ -63,7 +63,7 @@ def test_tool_reads_every_kind_of_file(corpus: Path, tmp_path: Path) -> None:
     assert f"{corpus}: 6 documents kept, 0 duplicates dropped, 5 skipped" in said
     assert f"binary\t{corpus}/binary\n" in (out.parent / "t.skipped.tsv").read_text()
     assert "trainer_interface" not in said  # sentencepiece's log
-    assert sorted(path.name for path in out.parent.iterdir()) == ["t.json", "t.model", "t.skipped.tsv"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["t.facts.json", "t.model", "t.skipped.tsv"]
 
     # the same text from other files, in another order, gives the same model
     everything = tmp_path / "all.jsonl"
