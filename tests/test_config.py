@@ -90,6 +90,11 @@ def test_a_model_from_a_bundle(tmp_path: Path) -> None:
     assert model(*longer, "model.rope.context=4096").rope.context == 4096
     assert model(*longer, "model.rope.extension=base").rope == RopeConfig(trained_context=256, extension="base")
     assert model(*longer, "model.rope={extension: base, base: 1e6}").rope.base == 1e6
+    factors = [1.0 + i for i in range(trained.rotary_width // 2)]
+    longrope = ["data.seq_len=2048", "model.rope.extension=longrope", f"model.rope.longrope_factors={factors}"]
+    assert model(*longrope).rope == RopeConfig(
+        base=trained.rope.base, trained_context=256, extension="longrope", longrope_factors=factors
+    )
     assert model("model.attention.backend=blocked").attention.backend == "blocked"
     # what is extended already keeps it; a new base alone is no obstacle
     extended = resolve_config(load_config(path, [start, *longer])).model

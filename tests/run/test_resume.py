@@ -153,8 +153,11 @@ def test_finetuning_for_a_longer_context_with_other_losses(prepared: Prepared, t
     foreign = write_bundle(tmp_path / "foreign", trained_config, weights, golden, {})
     start = [*options, f"train.init_from={bundle}", "model.rope.context=256"]
     old = ["model.rope.trained_context=64", "model.attention.backend=sdpa"]
+    n_pairs = trained_config.rotary_width // 2
+    factors = f"model.rope.longrope_factors={[4 ** (i / n_pairs) for i in range(n_pairs)]}"
     cases = {
         "base": ["model.rope.extension=base", *old],
+        "longrope": ["model.rope.extension=longrope", *old, factors],
         "interpolate": ["model.rope.extension=interpolate", *old],
         "ntk": ["model.rope.extension=ntk", *old, "model.attention.scale=log_n_clipped"],
         "ntk_exact": ["model.rope.extension=ntk_exact", *old],
@@ -201,7 +204,7 @@ def test_finetuning_for_a_longer_context_with_other_losses(prepared: Prepared, t
     trained = records(tmp_path / "run")[-1]["loss"]
     assert all(abs(loss[0] - trained) < 0.6 for loss in losses.values()), losses
     names = [name for name in cases if not name.startswith("yarn_")]
-    assert len({losses[name][0] for name in names}) == len(names) == 6
+    assert len({losses[name][0] for name in names}) == len(names) == 7
     assert column(tmp_path / "yarn") == column(tmp_path / "yarn_straight")
     a, b = state_hashes(tmp_path / "yarn", 6), state_hashes(tmp_path / "yarn_straight", 6)
     assert a["rank_00000.safetensors"] == b["rank_00000.safetensors"]
