@@ -154,7 +154,7 @@ def test_finetuning_for_a_longer_context_with_other_losses(prepared: Prepared, t
     start = [*options, f"train.init_from={bundle}", "model.rope.context=256"]
     old = ["model.rope.trained_context=64", "model.attention.backend=sdpa"]
     n_pairs = trained_config.rotary_width // 2
-    factors = f"model.rope.longrope_factors={[4 ** (i / n_pairs) for i in range(n_pairs)]}"
+    factors = f"model.rope.longrope_factors={[1 + i / 2 for i in range(n_pairs)]}"
     cases = {
         "base": ["model.rope.extension=base", *old],
         "longrope": ["model.rope.extension=longrope", *old, factors],
