@@ -41,7 +41,7 @@ LEVELS = {
     "bundle": [
         {"bundle", "axis_maps", "modeling_megakexue", "families", "hf_config", "imported_tokenizer"},
         {"generate", "evaluate", "grow_checks", "hf_import"},
-        {"grow", "needle", "hf_check", "hf_tokenizer"},
+        {"grow", "needle", "hf_check", "hf_tokenizer", "harness"},
         {"trace", "grow_report", "hf_export"},
     ],
     "run": [
@@ -69,6 +69,9 @@ OWNERS = {
     "gguf": {"bundle.hf_import"},
     "rich": {"run.metrics", "text.progress"},
     "charset_normalizer": {"text.ledger"},
+    "lm_eval": {"bundle.harness"},
+    "jinja2": {"bundle.harness"},
+    "tqdm": {"bundle.harness"},
     "transformers": {"bundle.hf_check", "bundle.modeling_megakexue"},
 }
 

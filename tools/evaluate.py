@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure bundles on prepared data: the loss, how it depends on the position, and whether the context is used.
+"""Measure bundles: the loss on prepared data, how it depends on the position, whether the context is used; and tasks.
 
 Without a probe it is the loss of all tokens. The probes:
 
@@ -10,6 +10,7 @@ Without a probe it is the loss of all tokens. The probes:
                   than without the needle
   --copy          random tokens, or a passage of the data, come again at some distance. Shown: the loss of the first
                   occurrence, of the copy, and of the copy without a first occurrence
+  --tasks         tasks of lm-evaluation-harness, which bring their own data: hellaswag, mmlu, yours
 """
 
 import argparse
@@ -17,6 +18,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +59,16 @@ examples:
   tools/evaluate.py bundles/1b data/web_8k --by-position --one-document --set rope.base=500000
   tools/evaluate.py bundles/1b data/web_8k --needle --lengths 8192 --set rope.extension=ntk_exact \\
       --set rope.context=8192
+  tools/evaluate.py bundles/1b --tasks example_documents,example_endings
+  tools/evaluate.py bundles/1b --tasks hellaswag,arc_easy --num-fewshot 5 --cache results --dtype bf16
+
+Tasks get the same numbers as in the harness's own model `hf` from an export of the bundle. example_documents (bits per
+byte), example_endings (multiple choice) and example_sums (greedy text) are in configs/tasks. --include names a folder
+of yours with such YAML files; a `!function` in them is Python code, and it is run. The data of most other tasks is
+downloaded. With --cache, the same command goes on where it was stopped.
 """
+PROBES = ("by_position", "needle", "copy", "tasks")
+TASKS = Path(__file__).parents[1] / "configs" / "tasks"
 DEPTHS = [0.0, 25.0, 50.0, 75.0, 100.0]
 STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.6",
@@ -73,17 +84,28 @@ def as_depths(text: str) -> list[float]:
     return sorted({as_number(part) for part in text.split(",")})
 
 
+def as_names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s BUNDLE... DATA [options]\n       %(prog)s BUNDLE... --tasks NAME,NAME [options]",
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="BUNDLE... DATA",
+        help="bundles, and at the end a folder written by tools/prepare_data.py; with --tasks only bundles",
     )
-    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="written by tools/export_model.py")
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder written by tools/prepare_data.py")
-    parser.add_argument("--split", choices=("train", "valid"), default="valid", help="(default: valid)")
+    parser.add_argument("--split", choices=("train", "valid"), help="of DATA (default: valid)")
     probe = parser.add_mutually_exclusive_group()
     probe.add_argument("--by-position", action="store_true", help="loss by position")
     probe.add_argument("--needle", action="store_true", help="a table of depths and lengths")
     probe.add_argument("--copy", action="store_true", help="a table of distances")
+    probe.add_argument("--tasks", type=as_names, metavar="NAME,NAME", help="of lm-evaluation-harness, also with *")
     parser.add_argument("--n-rows", type=as_integer, metavar="N", help="loss: read the first N rows (default: all)")
     parser.add_argument(
         "--one-document",
@@ -116,6 +138,23 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="--needle, --copy: cases, each of other text and other tokens (default: 10)",
     )
+    parser.add_argument("--include", type=Path, metavar="FOLDER", help="--tasks: YAML files of tasks of yours")
+    parser.add_argument(
+        "--num-fewshot",
+        type=as_integer,
+        metavar="N",
+        help="--tasks: examples before each question (default: the task's)",
+    )
+    parser.add_argument("--limit", type=as_integer, metavar="N", help="--tasks: only the first N documents of each")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="--tasks: keep results, and compute none that is there"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=as_integer,
+        metavar="N",
+        help="--tasks: tokens that go through the model at a time (default: 4096)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of model.attention or model.rope; repeatable"
     )
@@ -133,26 +172,33 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises UserError: a value is out of range, an option has no effect, or a file is missing or in the way."""
-    probe = next((name for name in ("by_position", "needle", "copy") if getattr(args, name)), "loss")
+    probe = next((name for name in PROBES if getattr(args, name)), "loss")
     args.probe = probe
     used_by = {
         "n_rows": {"loss", "by_position"}, "one_document": {"loss", "by_position"}, "short": {"by_position"},
         "lengths": {"needle", "copy"}, "depths": {"needle"}, "seeds": {"needle", "copy"},
-        "plot": {"by_position", "needle", "copy"},
+        "plot": {"by_position", "needle", "copy"}, "split": {"loss", "by_position", "needle", "copy"},
+        **{name: {"tasks"} for name in ("include", "num_fewshot", "limit", "cache", "batch_tokens")},
     }  # fmt: skip
     for name, probes in used_by.items():
-        options = " or ".join("--" + p.replace("_", "-") for p in ("by_position", "needle", "copy") if p in probes)
-        needs = "without --needle and --copy" if "loss" in probes else f"with {options}"
-        is_used = probe in probes or not getattr(args, name)
+        options = " or ".join("--" + p.replace("_", "-") for p in PROBES if p in probes)
+        without = " and ".join("--" + p for p in PROBES if p not in probes)
+        needs = f"without {without}" if "loss" in probes else f"with {options}"
+        is_used = probe in probes or getattr(args, name) in (None, False)
         require(is_used, f"--{name.replace('_', '-')} has an effect only {needs}: drop it")
-    for name in ("n_rows", "short", "seeds"):
+    for name in ("n_rows", "short", "seeds", "limit", "batch_tokens"):
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')} {value} must be positive")
+    require((args.num_fewshot or 0) >= 0, f"--num-fewshot {args.num_fewshot} must not be negative")
     depths = args.depths or []
     require(all(0 <= depth <= 100 for depth in depths), f"--depths {depths}: percents must be between 0 and 100")
+    args.bundles, args.data = (args.paths, None) if args.tasks else (args.paths[:-1], args.paths[-1])
+    require(bool(args.bundles), f"{args.data}: name a bundle and then prepared data, or a bundle and --tasks")
     for bundle in args.bundles:
         require(bundle.is_dir(), f"no bundle {bundle}: make one with tools/export_model.py")
-    require(args.data.is_dir(), f"no folder {args.data}: make one with tools/prepare_data.py")
+    require(not args.data or args.data.is_dir(), f"no folder {args.data}: make one with tools/prepare_data.py")
+    require(not args.include or args.include.is_dir(), f"--include {args.include}: no such folder")
+    args.split = args.split or "valid"
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         if path:
             require_new_file(option, path, args.overwrite)
@@ -239,6 +285,33 @@ def measure_recall(model: "Decoder", text: "RunningText", args: argparse.Namespa
     kinds: list[Kind] = ["random", "passage"]
     found = [cell for n in lengths for kind in kinds for cell in copies(model, text, kind=kind, length=n, seeds=seeds)]
     return {"copy": [dataclasses.asdict(cell) for cell in found]}
+
+
+def evaluate_tasks(args: argparse.Namespace) -> None:
+    """Run the tasks on each bundle, and print the harness's tables.
+
+    Raises:
+        UserError: the harness is not installed, a task or its data is not there, or what `load_model` does.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars too
+    from megakexue.bundle.bundle import Bundle
+    from megakexue.bundle.evaluate import BATCH_TOKENS, changed
+    from megakexue.bundle.harness import BundleLM, load_tasks, run_tasks, table
+
+    bundles = [Bundle(folder) for folder in args.bundles]
+    tasks = load_tasks(args.tasks, [TASKS, *([args.include] if args.include else [])])
+    results: list[Result] = []
+    for bundle in bundles:
+        bundle.config, backend = changed(bundle.config, args.set)
+        options = {"device": args.device, "dtype": args.dtype, "batch_tokens": args.batch_tokens or BATCH_TOKENS}
+        lm = BundleLM(bundle, backend=backend, **options)
+        found = run_tasks(lm, tasks, n_shots=args.num_fewshot, limit=args.limit, cache=args.cache)
+        print(f"{bundle.folder} ({args.dtype}, {lm.max_length} tokens){''.join(f', {x}' for x in args.set)}")
+        print(table(found), flush=True)
+        results.append({"bundle": str(bundle.folder), "set": args.set, "context": lm.max_length, **found})
+    if args.json:
+        write_whole(args.json, json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
 
 
 def choose_lengths(args: argparse.Namespace, context: int) -> list[int]:
@@ -447,6 +520,9 @@ def draw(results: list[Result], args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    if args.tasks:
+        evaluate_tasks(args)
+        return
 
     # seconds of imports, which a mistake in the arguments should not cost
     from megakexue.bundle.evaluate import BATCH_TOKENS, changed
