@@ -412,7 +412,7 @@ def test_mistakes_of_probes(
     program = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))
     good = [str(bundle.folder), str(prepared.data)]
     cases = [
-        (["--n-rows", "3", "--needle"], "--n-rows has an effect only without --needle and --copy: drop it"),
+        (["--n-rows", "3", "--needle"], "--n-rows has an effect only without --needle and --copy and --tasks: drop it"),
         (["--seeds", "3"], "--seeds has an effect only with --needle or --copy: drop it"),
         (["--depths", "3", "--copy"], "--depths has an effect only with --needle: drop it"),
         (["--short", "3"], "--short has an effect only with --by-position: drop it"),

@@ -286,14 +286,9 @@ def test_only_the_logits_of_a_chunk_exist_at_a_time(bundles: dict[str, Bundle]) 
     assert len(sizes) > 2 and {CHUNK} == set(sizes[:-1])
 
 
-def test_rows_that_differ_in_their_last_token_are_computed_once(
-    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm, seen = open_lm(bundles["llama"]), []
-    hidden = lm.model.hidden
-    monkeypatch.setattr(lm.model, "hidden", lambda tokens, *rest, **options: seen.append(len(tokens)) or hidden(
-        tokens, *rest, **options
-    ))  # fmt: skip
+def test_rows_that_differ_in_their_last_token_are_computed_once(bundles: dict[str, Bundle]) -> None:
+    lm, seen = open_lm(bundles["llama"]), list[int]()
+    lm.model.embedding.register_forward_hook(lambda _, arguments, rows: seen.append(len(rows)))
     rows = [(None, [1, 300, 310], [target]) for target in (320, 330, 340, 320)] + [(None, [1], [300, 310, 320])]
     scores = lm._loglikelihood_tokens(rows, disable_tqdm=True)
     assert seen == [1] and scores[0] == scores[3] and len({score for score, _ in scores}) == 4
