@@ -834,6 +834,9 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; older ones are removed."""
     keep_every: int | None = None
     """Also keep the checkpoints of every so many steps, for ever."""
+    export: Literal["hf"] | None = None
+    """hf: each checkpoint of `every_steps`, and the last one, also becomes a folder for Hugging Face in the run's
+    exports/, which stays as long as the checkpoint. A program beside the run writes it. None: no exports."""
     asynchronous: bool = True
     """Whether a thread writes the checkpoint while training goes on. It writes from a copy in host memory, as large as
     this rank's share."""
@@ -1279,7 +1282,8 @@ def _bundle_model(folder: Path, where: str) -> dict[str, Any]:
     path = folder / "config.yaml"
     require(
         path.is_file() and (folder / "manifest.json").is_file(),
-        f"{where}: model.from=bundle: train.init_from={folder} is no bundle: make one with tools/export_model.py",
+        f"{where}: model.from=bundle: train.init_from={folder} is no bundle: make one with tools/export_model.py "
+        "of a run, or tools/import_hf.py of a Hugging Face folder or a GGUF file",
     )
     content = _parse_yaml(_read_file(path), _TextLoader, str(path))
     require(isinstance(content, dict) and "model" in content, f"{path} has no section model: export the bundle again")

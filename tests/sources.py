@@ -3,13 +3,15 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from streaming import MDSWriter
 
@@ -133,11 +135,34 @@ class Bucket(ThreadingHTTPServer):
         self.folder = folder
         self.gets: Counter[str] = Counter()
         """How often each key was asked for."""
+        self.puts: list[str] = []
+        """Keys that were written, in this order."""
         self.fail: dict[str, int] = {}
         """How often a key is still to fail."""
         self.stall: set[str] = set()
         """Keys of which half is sent; the rest waits for `resume`. Then `stalled` is set."""
         self.stalled, self.resume = threading.Event(), threading.Event()
+
+
+@contextmanager
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """Serve s3://bucket from a folder, to this process and to programs that it starts."""
+    server = Bucket(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    environment = {
+        "S3_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 class Requests(BaseHTTPRequestHandler):
@@ -150,12 +175,16 @@ class Requests(BaseHTTPRequestHandler):
         self.reply(with_body=True)
 
     def reply(self, with_body: bool) -> None:
-        server, key = self.server, self.path.split("?")[0].split("/", 2)[2]
+        server, key = self.server, self.key
         path = server.folder / key
         if with_body:
             server.gets[key] += 1
         how = server.fail.get(key, 0)
         server.fail[key] = how - 1
+        if key == "":  # is there such a bucket?
+            self.send_response(200)
+            self.end_headers()
+            return
         if how > 0 or not path.is_file():
             self.send_response(500 if how > 0 else 404)
             self.end_headers()
@@ -173,8 +202,39 @@ class Requests(BaseHTTPRequestHandler):
         elif with_body:
             self.wfile.write(content)
 
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if "aws-chunked" in self.headers.get("Content-Encoding", ""):
+            content = unchunked(content)
+        how = self.server.fail.get(self.key, 0)
+        self.server.fail[self.key] = how - 1
+        if how <= 0:
+            path = self.server.folder / self.key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            self.server.puts.append(self.key)
+        self.send_response(500 if how > 0 else 200)
+        self.send_header("ETag", '"x"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    @property
+    def key(self) -> str:
+        return [*self.path.split("?")[0].split("/", 2), ""][2]
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def unchunked(content: bytes) -> bytes:
+    """What a body of chunks, each with its size in front, holds."""
+    parts = []
+    while content:
+        size, _, content = content.partition(b"\r\n")
+        n = int(size.split(b";")[0], 16)
+        parts.append(content[:n])
+        content = content[n + 2 :] if n else b""
+    return b"".join(parts)
 
 
 def s3_config(bucket: Bucket, *keys: str, **options: Any) -> DataConfig:

@@ -20,11 +20,11 @@ FOLDERS = {
     "text": {"config", "files"},  # files and processes, no torch
     "core": {"config"},  # torch, no files and no ranks
     "bundle": {"config", "files", "text", "core"},  # one bundle in one process
-    "run": {"config", "files", "launcher", "facts", "dist", "text", "core", "bundle"},  # ranks and DeepSpeed
+    "run": {"config", "files", "buckets", "launcher", "facts", "dist", "text", "core", "bundle"},  # ranks and DeepSpeed
 }
 """What each folder may import beside itself: modules of the top, and folders."""
 LEVELS = {
-    "": [{"config"}, {"files", "hosts"}, {"facts", "launcher"}, {"dist", "doctor"}],
+    "": [{"config"}, {"files", "hosts", "buckets"}, {"facts", "launcher"}, {"dist", "doctor"}],
     "text": [
         {"tokenizer", "inputs", "duplicates", "pack", "shards", "progress"},
         {"ledger", "tokenizer_json"},
@@ -50,6 +50,7 @@ LEVELS = {
         {"data", "engine"},
         {"checkpoint"},
         {"saves", "resume", "export", "replay"},
+        {"exporter"},
         {"train"},
     ],
 }
@@ -60,7 +61,7 @@ OWNERS = {
     "sentencepiece": {"text.tokenizer", "bundle.hf_tokenizer"},
     "google": {"text.tokenizer"},
     "tokenizers": {"text.tokenizer_json"},
-    "streaming": {"run.source"},
+    "streaming": {"buckets", "run.source"},
     "xxhash": {"text.duplicates", "text.shards", "run.source"},
     "pyarrow": {"text.inputs"},
     "zstandard": {"text.inputs"},

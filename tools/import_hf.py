@@ -3,14 +3,15 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakexue import __version__
+from megakexue import __version__, buckets
 from megakexue.config import UserError, require, run_program
-from megakexue.files import sha256, temporary_folder
+from megakexue.files import read_json, sha256, temporary_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +35,15 @@ At the end both models compute the float32 logits of the same text, transformers
 cache; where they differ, nothing is left. This needs transformers (for MiniCPM3 version 5), and memory for both;
 --no-check leaves it out.
 
+SOURCE may be in a bucket (s3://, gs://, oci://, azure://), with the credentials that remote data takes. Its files are
+copied to TMPDIR first.
+
 The bundle trains, grows, generates and evaluates as any other. Its config.yaml has the model section for your config.
 
 examples:
   tools/import_hf.py models/SmolLM2-135M --out bundles/smollm2
   tools/import_hf.py models/Qwen3-8B --out bundles/qwen3 --text data/some.txt
+  tools/import_hf.py s3://bucket/models/Qwen3-8B --out bundles/qwen3
   tools/import_hf.py model.Q4_1.gguf --tokenizer models/SmolLM2-135M/tokenizer.json --out bundles/smollm2
 """
 
@@ -47,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder or a .gguf file")
+    parser.add_argument("source", metavar="SOURCE", help="a folder or a .gguf file, local or in a bucket")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument(
         "--dtype", choices=("stored", "fp32", "bf16", "fp16"), default="stored",
@@ -58,7 +63,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-check", action="store_true", help="do not compare the logits with transformers")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     args = parser.parse_intermixed_args()
-    require(args.source.exists(), f"no file or folder {args.source}")
+    if buckets.is_remote(args.source):
+        buckets.check_scheme(args.source)
+    else:
+        require(Path(args.source).exists(), f"no file or folder {args.source}")
     require(args.text is None or args.text.is_file(), f"--text {args.text}: no such file")
     require(args.overwrite or not args.out.exists(), f"{args.out} exists: choose another name, or add --overwrite")
     return args
@@ -77,13 +85,14 @@ def main() -> None:
     from megakexue.text.tokenizer_files import load_tokenizer
 
     check_out(args.out, args.overwrite)
-    source = open_source(args.source)
-    config = resolved(source)
     with temporary_folder() as folder:
-        tokenizer = tokenizer_of(args.source, args.tokenizer)
+        path = fetched(args.source, folder) if buckets.is_remote(args.source) else Path(args.source)
+        source = open_source(path)
+        config = resolved(source)
+        tokenizer = tokenizer_of(path, args.tokenizer)
         if tokenizer is None:
             assert isinstance(source, Gguf)
-            tokenizer = write_gguf_tokenizer(source.metadata, Path(folder))
+            tokenizer = write_gguf_tokenizer(source.metadata, folder)
         require(
             (vocab_size := load_tokenizer(tokenizer).vocab_size) <= config.vocab_size,
             f"{tokenizer} has {vocab_size} ids, and the embedding {config.vocab_size} rows: name the tokenizer that "
@@ -91,13 +100,13 @@ def main() -> None:
         )
         parts = weights(source, config)
         lineage: dict[str, Any] = {
-            "from": "hugging face", "source": str(args.source), "family": source.imported.family,
-            "hash": sha256(args.source / "config.json" if args.source.is_dir() else args.source), "step": None,
+            "from": "hugging face", "source": args.source, "family": source.imported.family,
+            "hash": sha256(path / "config.json" if path.is_dir() else path), "step": None,
             "tokens": None, "data": None, "megakexue": __version__,
         }  # fmt: skip
         if not args.no_check:
             require_class(source.imported.family)
-            parts = checked(parts, config, args.source, real_ids(tokenizer, args.text), lineage)
+            parts = checked(parts, config, path, real_ids(tokenizer, args.text), lineage)
         dtype = DTYPES.get(args.dtype)
         if dtype is not None:  # after the comparison, which is of the weights as they are stored
             parts = ((name, weight.to(dtype)) for name, weight in parts)
@@ -105,6 +114,33 @@ def main() -> None:
     n_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {source.imported.family}, {n_parameters(config):,} parameters, {n_bytes:,} bytes")
     print(f"tokenizer: {tokenizer.name}; to train it: `model: {{from: bundle}}` and `train: {{init_from: {args.out}}}`")
+
+
+def fetched(source: str, folder: Path) -> Path:
+    """Copy what import reads from a bucket into `folder`; return that, or the GGUF file in it."""
+    from megakexue.bundle.imported_tokenizer import TOKENIZERS
+    from megakexue.text.tokenizer_json import CONFIG
+
+    index = "model.safetensors.index.json"
+    parent, _, last = source.rstrip("/").rpartition("/")
+    if last.endswith(".gguf"):
+        names = [last]
+    else:
+        parent = f"{parent}/{last}"
+        buckets.fetch(f"{parent}/config.json", folder / "config.json")
+        names = ["model.safetensors"]
+        if buckets.fetch(f"{parent}/{index}", folder / index, may_be_absent=True):
+            named = read_json(folder / index, "the index of weights").get("weight_map")
+            named = set(named.values()) if isinstance(named, dict) else set()
+            # what is no name of a file in this folder is refused with the index
+            names = sorted(name for name in named if isinstance(name, str) and Path(name).name == name)
+    for name in names:
+        if sys.stderr.isatty():
+            print(f"copying {parent}/{name}", file=sys.stderr)
+        buckets.fetch(f"{parent}/{name}", folder / name)
+    for name in (*TOKENIZERS, CONFIG, "generation_config.json"):
+        buckets.fetch(f"{parent}/{name}", folder / name, may_be_absent=True)
+    return folder / last if last.endswith(".gguf") else folder
 
 
 def real_ids(tokenizer: Path, text: Path | None) -> "Tensor":

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -38,6 +38,7 @@ from megakexue.text.tokenizer_json import CONFIG
 SHARD_BYTES = 2 * 2**30
 """Of a file; writing one takes twice as much memory."""
 FORMAT = 2
+MAKERS = "tools/export_model.py of a run, or tools/import_hf.py of a Hugging Face folder or a GGUF file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,30 @@ class OptimizerInfo:
     def kinds(self, parameter: str) -> list[str]:
         """The kinds of state that a parameter has."""
         return list(OptimConfig(name=self.name, embedding=self.embedding).state_dtypes(axes(parameter).role))
+
+
+@runtime_checkable
+class TrainedModel(Protocol):
+    """What generation and export read: a bundle, or the checkpoint of a run."""
+
+    config: ResolvedModel
+    lineage: dict[str, Any]
+    """Where the weights come from, as YAML values."""
+    tokenizer: Path
+
+    def weight(self, name: str) -> Tensor:
+        """Return a parameter in its own shape, in the dtype that it is stored in."""
+
+
+def load_tokenizer_of(model: TrainedModel) -> Tokenizer:
+    """Open the tokenizer. Raises UserError: it is none, or has more pieces than the model has embeddings."""
+    tokenizer = load_tokenizer(model.tokenizer)
+    require(
+        tokenizer.vocab_size <= model.config.vocab_size,
+        f"{model.tokenizer} has {tokenizer.vocab_size} pieces and the model a vocab_size of "
+        f"{model.config.vocab_size}: it is not the tokenizer of these weights",
+    )
+    return tokenizer
 
 
 def write_bundle(
@@ -174,7 +199,7 @@ class Bundle:
             UserError: there is no bundle, it is damaged, or its parameters are not those of its config.
         """
         self.folder = Path(folder)
-        require(is_bundle(self.folder), f"{folder} is no bundle: make one with tools/export_model.py")
+        require(is_bundle(self.folder), f"{folder} is no bundle: make one with {MAKERS}")
         names = verify(self.folder, FORMAT, check_hashes=check_hashes)
         tokenizer = [JSON, CONFIG] if JSON in names else [MODEL]
         for name in ("config.yaml", *tokenizer):
@@ -209,13 +234,7 @@ class Bundle:
 
     def load_tokenizer(self) -> Tokenizer:
         """Open the tokenizer. Raises UserError: it is none, or has more pieces than the model has embeddings."""
-        tokenizer = load_tokenizer(self.tokenizer)
-        require(
-            tokenizer.vocab_size <= self.config.vocab_size,
-            f"{self.tokenizer} has {tokenizer.vocab_size} pieces and the model a vocab_size of "
-            f"{self.config.vocab_size}: it is not the tokenizer of these weights",
-        )
-        return tokenizer
+        return load_tokenizer_of(self)
 
     def weight(self, name: str) -> Tensor:
         """Return a parameter in the dtype that it is stored in."""

@@ -23,7 +23,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from megakexue.bundle.bundle import Bundle
+from megakexue.bundle.bundle import TrainedModel
 from megakexue.config import require
 from megakexue.core.attention import Backend
 from megakexue.core.decoder import Cache, Decoder
@@ -38,14 +38,15 @@ CANDIDATES = 512
 
 
 def load_decoder(
-    bundle: Bundle, device: torch.device | None = None, dtype: torch.dtype = torch.float32, backend: Backend = "sdpa"
-) -> Decoder:
-    """Return the bundle's model, ready to compute."""
+    source: TrainedModel, device: torch.device | None = None, dtype: torch.dtype = torch.float32,
+    backend: Backend = "sdpa",
+) -> Decoder:  # fmt: skip
+    """Return the model of a bundle or of a checkpoint, ready to compute."""
     with torch.device(device or find_device()):
-        model = Decoder(bundle.config, backend).to(dtype)
+        model = Decoder(source.config, backend).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(bundle.weight(name))
+            parameter.copy_(source.weight(name))
     return model.eval()
 
 

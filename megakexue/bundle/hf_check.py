@@ -1,4 +1,4 @@
-"""Whether the model of an export, as transformers loads it, is that of the bundle: the logits of both on real text.
+"""Whether the model of an export, as transformers loads it, is ours: the logits of both on real text.
 
 What must stay true: no code of the folder is run; the modelling file that it holds is that of this package.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakexue.bundle.bundle import Bundle
+from megakexue.bundle.bundle import TrainedModel
 from megakexue.bundle.generate import load_decoder
 from megakexue.config import UserError, require
 from megakexue.core.device import find_device
@@ -51,8 +51,9 @@ class Agreement:
 
 @torch.no_grad()
 def compare(
-    bundle: Bundle, folder: Path, weights: Iterable[tuple[str, Tensor]], ids: list[int], device: torch.device | None
-) -> Agreement:
+    model: TrainedModel, folder: Path, weights: Iterable[tuple[str, Tensor]], ids: list[int],
+    device: torch.device | None,
+) -> Agreement:  # fmt: skip
     """Load the folder by transformers in float32 and compare.
 
     Args:
@@ -61,14 +62,14 @@ def compare(
         ids: real text, of which the first tokens are used.
 
     Raises:
-        UserError: transformers is missing, or what it computes is not what the bundle's model does.
+        UserError: transformers is missing, or what it computes is not what our model does.
     """
     device = device or find_device()
-    ids = ids[: min(N_TOKENS, bundle.config.rope.context)]
+    ids = ids[: min(N_TOKENS, model.config.rope.context)]
     require(len(ids) > N_STEPS, f"the text of the check has {len(ids)} tokens: give more than {N_STEPS} with --text")
     tokens = torch.tensor([ids], device=device)
     positions = torch.arange(len(ids), device=device)[None]
-    ours = load_decoder(bundle, device)(tokens, positions)[0]
+    ours = load_decoder(model, device)(tokens, positions)[0]
     theirs = load(folder).to(device)
     rounded = theirs(tokens).logits[0]
     is_rounded = _restore(theirs, weights, folder)
@@ -87,7 +88,7 @@ def compare(
     )
     require(
         max(agreement.whole, agreement.cached) <= TOLERANCE,
-        f"the exported model is not that of the bundle: {agreement}; at most {TOLERANCE:g} is rounding",
+        f"the exported model is not ours: {agreement}; at most {TOLERANCE:g} is rounding",
     )
     return agreement
 

@@ -1,4 +1,4 @@
-"""A bundle as a folder for Hugging Face: transformers, vLLM, SGLang and what reads their files.
+"""A bundle or a checkpoint as a folder for Hugging Face: transformers, vLLM, SGLang and what reads their files.
 
     OUT/
       config.json, generation_config.json
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from megakexue import __version__
-from megakexue.bundle.bundle import Bundle, save_tensors
+from megakexue.bundle.bundle import TrainedModel, load_tokenizer_of, save_tensors
 from megakexue.bundle.families import head_rows, is_rotated, permuted, their_names, their_weight
 from megakexue.bundle.hf_check import Agreement, compare
 from megakexue.bundle.hf_tokenizer import tokenizer_json
@@ -54,34 +54,34 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def export_hf(
-    bundle: Bundle, out: Path, *, dtype: Literal["fp32", "bf16"] = "bf16", shard_bytes: int = 4 * 2**30,
+    model: TrainedModel, out: Path, *, dtype: Literal["fp32", "bf16"] = "bf16", shard_bytes: int = 4 * 2**30,
     licence: str = "unknown", text: str | None = None, check: bool = True, device: torch.device | None = None,
 ) -> tuple[Class, list[str], Agreement | None]:  # fmt: skip
     """Write the folder; return the class, why it is no plain one (or nothing), and what the check has found.
 
     Args:
-        licence: for the model card, as the hub names it; the bundle does not know it.
+        licence: for the model card, as the hub names it; the model does not know it.
         text: what the check encodes; None: the source of this module.
-        check: compare with the bundle's model, in float32.
+        check: compare with the model here, in float32.
 
     Raises:
         UserError: `out` exists or cannot be written, or both models differ; then nothing is left.
     """
     require(not out.exists() and not out.is_symlink(), f"{out} exists: choose another name, or remove it")
-    tokenizer, config = bundle.load_tokenizer(), bundle.config
-    kind, reasons = _choose(config)
+    tokenizer, config = load_tokenizer_of(model), model.config
+    kind, reasons = choose_class(config)
     with new_folder(out) as folder:
         write_json(folder / "config.json", _config(config, kind, tokenizer, dtype))
         write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
-        _write_tokenizer(folder, bundle, tokenizer)
+        _write_tokenizer(folder, model, tokenizer)
         if kind == "MegakexueForCausalLM":
             shutil.copyfile(MODELING, folder / MODELING.name)
-        _write_weights(folder, ((name, x.to(DTYPES[dtype])) for name, x in _weights(bundle, kind)), shard_bytes)
+        _write_weights(folder, ((name, x.to(DTYPES[dtype])) for name, x in _weights(model, kind)), shard_bytes)
         found = None
         if check:
             ids = [tokenizer.bos_id, *tokenizer.encode(Path(__file__).read_text("utf-8") if text is None else text)]
-            found = compare(bundle, folder, _weights(bundle, kind), ids, device)
-        (folder / "README.md").write_text(_card(bundle, out.name, kind, dtype, licence, found), encoding="utf-8")
+            found = compare(model, folder, _weights(model, kind), ids, device)
+        (folder / "README.md").write_text(_card(model, out.name, kind, dtype, licence, found), encoding="utf-8")
         for path in sorted(folder.iterdir()):
             seal(path)
     return kind, reasons, found
@@ -90,8 +90,8 @@ def export_hf(
 # --- the class and its config ----------------------------------------------------------------------------------------
 
 
-def _choose(config: ResolvedModel) -> tuple[Class, list[str]]:
-    """Return the class, and what no plain class has."""
+def choose_class(config: ResolvedModel) -> tuple[Class, list[str]]:
+    """Return the class, and what no plain class has. Raises UserError: none computes the model."""
     attention, mla = config.attention, config.mla
     reasons = {
         f"residual={config.residual}": config.residual != "prenorm",
@@ -227,13 +227,13 @@ def _generation_config(config: ResolvedModel, tokenizer: Tokenizer) -> dict[str,
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weights(bundle: Bundle, kind: Class) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: TrainedModel, kind: Class) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the class by its name there, folded, float64."""
-    config = bundle.config
+    config = model.config
     factors = _factors(config, kind)
 
     def read(name: str) -> Tensor:
-        weight, factor = bundle.weight(name).double(), factors.get(name, 1.0)
+        weight, factor = model.weight(name).double(), factors.get(name, 1.0)
         # 1 up to rounding must leave the bits as they are
         weight = weight if abs(factor - 1) < 1e-12 else weight * factor
         # a pair stands side by side in DeepSeek, and vLLM's knows no other order
@@ -294,9 +294,9 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
 # --- tokenizer and card ----------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(folder: Path, bundle: Bundle, tokenizer: Tokenizer) -> None:
-    copy_tokenizer(bundle.tokenizer, folder)
-    length, values = {"model_max_length": bundle.config.rope.context}, dict[str, Any]()
+def _write_tokenizer(folder: Path, model: TrainedModel, tokenizer: Tokenizer) -> None:
+    copy_tokenizer(model.tokenizer, folder)
+    length, values = {"model_max_length": model.config.rope.context}, dict[str, Any]()
     if not isinstance(tokenizer, SentencePiece):
         config = folder / CONFIG
         values = read_json(config, "a tokenizer_config.json") | length
@@ -317,9 +317,9 @@ def _write_tokenizer(folder: Path, bundle: Bundle, tokenizer: Tokenizer) -> None
     write_json(folder / "tokenizer_config.json", values)
 
 
-def _card(bundle: Bundle, name: str, kind: Class, dtype: str, licence: str, found: Agreement | None) -> str:
-    """Return the model card: what the bundle knows of the model, and how it is loaded."""
-    origin = bundle.lineage
+def _card(model: TrainedModel, name: str, kind: Class, dtype: str, licence: str, found: Agreement | None) -> str:
+    """Return the model card: what is known of the model, and how it is loaded."""
+    origin = model.lineage
     while origin.get("tokens") is None and isinstance(origin.get("of"), dict):  # a grown model was trained before
         origin = origin["of"]
     data, losses = origin.get("data") or {}, origin.get("losses") or {}
@@ -327,8 +327,8 @@ def _card(bundle: Bundle, name: str, kind: Class, dtype: str, licence: str, foun
     unknown = "not known"
     facts = {
         "class": f"`{kind}`" + (f", in `{MODELING.name}` of this folder" if is_ours else ", of transformers"),
-        "parameters": f"{n_parameters(bundle.config):,}, {DTYPE_NAMES[dtype]}",
-        "context": f"{bundle.config.rope.context:,} tokens",
+        "parameters": f"{n_parameters(model.config):,}, {DTYPE_NAMES[dtype]}",
+        "context": f"{model.config.rope.context:,} tokens",
         "trained on": unknown if origin.get("tokens") is None else f"{origin['tokens']:,} tokens",
         "training loss": f"{losses['train']:.4f} nats a token" if "train" in losses else unknown,
         "validation loss": f"{losses['validation']:.4f} nats a token" if "validation" in losses else unknown,
@@ -337,7 +337,7 @@ def _card(bundle: Bundle, name: str, kind: Class, dtype: str, licence: str, foun
         "checked": str(found) if found else "no",
     }
     begins = "A text begins with the token BOS, which the tokenizer adds."
-    if bundle.tokenizer.suffix == ".json":  # whose rules are those of the model that it came with
+    if model.tokenizer.suffix == ".json":  # whose rules are those of the model that it came with
         begins = "Documents in training begin with BOS, or EOS where there is none; the tokenizer may not add it."
     remote = ", trust_remote_code=True" if is_ours else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
@@ -368,10 +368,10 @@ print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50)))
 ## Lineage
 
 ```yaml
-{to_yaml(bundle.lineage)}```
+{to_yaml(model.lineage)}```
 
 ## Model
 
 ```yaml
-{to_yaml(dataclasses.asdict(bundle.config))}```
+{to_yaml(dataclasses.asdict(model.config))}```
 """

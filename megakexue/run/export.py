@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class RunCheckpoint:
         UserError: no such run or step, or a damaged checkpoint.
     """
 
-    def __init__(self, run: Path, step: int | None = None) -> None:
+    def __init__(self, run: Path, step: int | None = None, *, check_hashes: bool = True) -> None:
         self.tokenizer = find_tokenizer(run)
         for path in (run / "config.yaml", self.tokenizer):
             require(path.is_file(), f"{run} is no run folder: it has no {path.name}")
@@ -72,7 +73,7 @@ class RunCheckpoint:
             folders = [folders[steps.index(step)]]
         folder = folders[0]
         try:
-            verify(folder, checkpoint.FORMAT)
+            verify(folder, checkpoint.FORMAT, check_hashes=check_hashes)
         except UserError as error:
             raise UserError(f"{error}; or export an earlier checkpoint with --step") from error
         state = TrainerState.read(folder)
@@ -80,13 +81,17 @@ class RunCheckpoint:
         self.config = build(ResolvedModel, state.config["model"], where=where)
         optim = {key: state.config["optim"].get(key) for key in ("name", "embedding")}
         self.optimizer: OptimizerInfo | None = build(OptimizerInfo, optim | {"n_updates": state.n_updates}, where)
-        self.lineage = {
+        self.lineage: dict[str, Any] = {
             "from": "run", "run": str(run), "step": state.step, "tokens": state.tokens,
             "init_from": state.config["train"].get("init_from"), "source": state.source,
             "data": {"fingerprint": state.data, **vars(state.position)}, "losses": _losses(run, state.step),
             "megakexue": __version__,
         }  # fmt: skip
         self._folder, self._reader = folder, checkpoint.Reader(folder)
+
+    def weight(self, name: str) -> Tensor:
+        """Return a whole parameter, float32."""
+        return self.tensor("master", name)
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """Return a whole parameter (kind master) or a tensor of its optimizer's state, float32."""

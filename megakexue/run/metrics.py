@@ -20,7 +20,15 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megakexue.config import MetricsConfig, Status, mute_stdout
-from megakexue.run.records import Record, StatisticsRecord, StepRecord, ValidationRecord, json_line, read_metrics
+from megakexue.run.records import (
+    ExportRecord,
+    Record,
+    StatisticsRecord,
+    StepRecord,
+    ValidationRecord,
+    json_line,
+    read_metrics,
+)
 
 
 def human_count(n: float) -> str:
@@ -115,6 +123,7 @@ class Metrics:
         )
         self._tokens = max((r.tokens for r in kept if isinstance(r, StepRecord)), default=0)
         self._valid = next((r for r in reversed(kept) if isinstance(r, ValidationRecord)), None)
+        self._exports = Counter(record.error is None for record in kept if isinstance(record, ExportRecord))
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(map(json_line, kept))
@@ -198,6 +207,10 @@ class Metrics:
                 "(9736): set optim.embedding=lazy, or lower optim.lr"
             )
 
+    def log_export(self, record: ExportRecord) -> None:
+        self._exports[record.error is None] += 1
+        self._write(record, {})
+
     def message(self, text: str) -> None:
         """Print lines above the progress bar; in a log, just print them."""
         if self._progress is None:
@@ -250,11 +263,13 @@ class Metrics:
             losses.append(f"{_mean(self._recent):.4f} over the last {len(self._recent)} steps")
         if self._valid is not None:
             losses.append(f"validation {self._valid.loss:.4f} at step {self._valid.step}")
+        exports = f"exports     {self._exports[True]} written, {self._exports[False]} failed"
         took = timedelta(seconds=round(time.monotonic() - self._began))
         return [
             f"steps       {self._step} of {self._n_steps}: {ends}",
             *([f"loss        {', '.join(losses)}"] if losses else []),
             f"tokens      {self._tokens:,}; this start took {took}",
+            *([exports] if self._exports else []),
             f"run         {self._run}",
         ]
 

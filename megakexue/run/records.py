@@ -1,8 +1,9 @@
 """The records of a run: `metrics.jsonl`, from which everything else is drawn.
 
 Each line is one JSON object. Its "kind" says which fields it has: those of `StepRecord` ("train"), `ValidationRecord`
-("valid") or `StatisticsRecord` ("statistics"). Floats are written by `repr`, so that they read back to the same bits.
-JSON has no other numbers, so non-finite ones are the strings "nan", "inf" and "-inf", which `float()` takes too.
+("valid"), `StatisticsRecord` ("statistics") or `ExportRecord` ("export"). Floats are written by `repr`, so that they
+read back to the same bits. JSON has no other numbers, so non-finite ones are the strings "nan", "inf" and "-inf", which
+`float()` takes too.
 """
 
 import dataclasses
@@ -77,6 +78,17 @@ class StatisticsRecord:
     """Rows of the embedding whose RMS is beyond a tenth of 1 / weight_decay."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord:
+    """What came of the export of a checkpoint (`checkpoint.export`). It stands where it ended, steps later."""
+
+    step: int
+    """Of the checkpoint."""
+    seconds: float
+    error: str | None
+    """None: it is written."""
+
+
 def statistics_record(step: int, sums_by_name: dict[str, list[float]], n_drifting_rows: int) -> StatisticsRecord:
     """Make a record of the sums that `optim.N_STATISTICS` lists, by parameter."""
 
@@ -99,8 +111,10 @@ def statistics_record(step: int, sums_by_name: dict[str, list[float]], n_driftin
     )
 
 
-Record = StepRecord | ValidationRecord | StatisticsRecord
-_KINDS: dict[str, type[Record]] = {"train": StepRecord, "valid": ValidationRecord, "statistics": StatisticsRecord}
+Record = StepRecord | ValidationRecord | StatisticsRecord | ExportRecord
+_KINDS: dict[str, type[Record]] = {
+    "train": StepRecord, "valid": ValidationRecord, "statistics": StatisticsRecord, "export": ExportRecord,
+}  # fmt: skip
 
 
 def read_metrics(path: Path) -> list[Record]:

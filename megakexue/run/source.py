@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megakexue.buckets import download, is_remote
 from megakexue.config import DataConfig, SourceConfig, UserError, require
 from megakexue.files import lock, temporary_folder, writing
 from megakexue.text.manifest import Manifest, check_tokenizer, read_manifest, rows_divided
@@ -162,12 +163,10 @@ class Source:
 
     def _copy(self, name: str, target: Path) -> None:
         """Copy a small file of the source to a path."""
-        if "://" not in self.remote:
+        if not is_remote(self.remote):
             shutil.copyfile(Path(self.remote, name), target)
             return
-        from streaming.base.storage import CloudDownloader
-
-        CloudDownloader.get(self.remote).download(f"{self.remote}/{name}", str(target), self.config.download_timeout_s)
+        download(f"{self.remote}/{name}", target, self.config.download_timeout_s)
 
     def fetch(self, index: int) -> Path:
         """Have a shard on disk and return its path. Raises UserError when the attempts are used up."""

@@ -29,6 +29,7 @@ from megakexue.facts import host_facts
 from megakexue.run import checkpoint
 from megakexue.run.data import Batches, Interrupted
 from megakexue.run.engine import Engine, StepResult, start
+from megakexue.run.exporter import Exporter, check_exportable
 from megakexue.run.folder import check_not_lost, describe_run, open_run, source_version, together
 from megakexue.run.guard import TrainingStopped
 from megakexue.run.metrics import Metrics
@@ -41,6 +42,8 @@ from megakexue.run.watch import Watch
 
 log = logging.getLogger("megakexue")
 T = TypeVar("T")
+EXPORT_WAIT_S = 0.2
+"""Between two looks at an export at the end of a run."""
 
 
 def train(given: Config) -> None:
@@ -61,6 +64,7 @@ def train(given: Config) -> None:
             f"engine.sequence_ranks={ranks.sequence_size} must divide the {ranks.world_size} ranks: start a multiple "
             "of it",
         )
+        check_exportable(config)
         config.train.n_micro_batches(ranks.data_size)  # refuses a batch that does not divide, before any folder is made
         run = _open(given, config, ranks, watch, stack)
         stack.push(watch.leaving)  # before anything is closed, which may take its time
@@ -78,6 +82,12 @@ def train(given: Config) -> None:
                     watch.mark("beginning a save")
                     run.saves.begin(run.state)
                 _step(run)
+                if run.exporter:
+                    run.exporter.tend(run.saves.saved)
+            watch.mark("saving")
+            if run.state.step != run.saves.saved:
+                run.saves.save_and_wait(run.state)
+            _finish_exports(run)
         except Interruption as interruption:
             step = run.state.step
             watch.mark("saving")
@@ -86,9 +96,6 @@ def train(given: Config) -> None:
             kept = f"saved after step {step}" if step else "before the first step"
             run.end(f"stopped: {interruption}; {kept}; the same command goes on")
             interruption.end()
-        watch.mark("saving")
-        if run.state.step != run.saves.saved:
-            run.saves.save_and_wait(run.state)
         if run.state.step < config.train.steps:
             run.end(f"stopped at step {run.state.step} by train.stop_at_step; without it, the same command goes on")
         else:
@@ -117,6 +124,8 @@ class _Run:
     peak_flops: float
     """Of a device; nan: not known."""
     saves: Saves
+    exporter: Exporter | None
+    """Only on the first rank, with `checkpoint.export`."""
     state: TrainerState
 
     def say(self, text: str) -> None:
@@ -224,10 +233,36 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         sync=metrics.sync if metrics else lambda: None,
     )  # fmt: skip
     watch.saved = lambda: saves.saved
+    exporter = None
+    if metrics and config.checkpoint.export:
+        exporter = stack.enter_context(
+            Exporter(folder, config, record=metrics.log_export, say=lambda text: _say(metrics, text))
+        )
     return _Run(
         config=config, folder=folder, ranks=ranks, watch=watch, preemption=preemption, engine=engine, data=data,
-        valid=valid, metrics=metrics, peak_flops=peak, saves=stack.enter_context(saves), state=begun.state,
+        valid=valid, metrics=metrics, peak_flops=peak, saves=stack.enter_context(saves), exporter=exporter,
+        state=begun.state,
     )  # fmt: skip
+
+
+def _finish_exports(run: _Run) -> None:
+    """Wait for the exports of what is saved. All ranks wait, so that none ends the run of the others.
+
+    Raises:
+        Interruption: on all ranks. The next start writes what is missing.
+    """
+    if run.config.checkpoint.export is None:
+        return
+    is_said = False
+    while True:
+        run.watch.mark("waiting for an export")
+        is_done = run.exporter is None or run.exporter.tend(run.saves.saved)
+        if run.preemption.meet(flag=is_done):
+            return
+        if not is_said:
+            run.say("waiting for an export (checkpoint.export); a signal ends the wait, and the next start writes it")
+        is_said = True
+        time.sleep(EXPORT_WAIT_S)
 
 
 # --- one round of the loop -------------------------------------------------------------------------------------------

@@ -57,5 +57,5 @@ def test_another_function_is_refused(exported: tuple[Bundle, Path]) -> None:
     bundle, folder = exported
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": ', '"rope_theta": 1'))
-    with pytest.raises(UserError, match=r"the exported model is not that of the bundle: on 60 tokens .* is rounding"):
+    with pytest.raises(UserError, match=r"the exported model is not ours: on 60 tokens .* is rounding"):
         compare(bundle, folder, _weights(bundle, "LlamaForCausalLM"), IDS, torch.device("cpu"))

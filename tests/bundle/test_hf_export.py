@@ -148,7 +148,7 @@ def test_an_export_that_differs_leaves_nothing(
         return factors(*arguments) | {"norm.gain": 1.001}
 
     monkeypatch.setattr(hf_export, "_factors", wrong)
-    with pytest.raises(UserError, match=r"the exported model is not that of the bundle: on 64 tokens"):
+    with pytest.raises(UserError, match=r"the exported model is not ours: on 64 tokens"):
         export_hf(bundle, tmp_path / "hf", dtype="bf16")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

@@ -87,7 +87,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "--device has no effect with --no-check: drop one of them": [there, out, "--no-check", "--device", "cpu"],
         "cannot read --text nowhere.txt: .*No such file.*": [there, out, "--text", "nowhere.txt"],
         f"{there} exists: choose another name, or remove it": [there, there],
-        "no bundle nowhere: make one with tools/export_model.py": ["nowhere", out],
+        "no folder nowhere: name a bundle or a run": ["nowhere", out],
+        "https://x/y is no bucket that can be read and written: .*": [there, "https://x/y"],
     }
     for message, result in zip(mistakes, run_without_torch(TOOL, list(mistakes.values())), strict=True):
         code, printed, error = result
