@@ -3,9 +3,12 @@
 
 import argparse
 import dataclasses
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,9 @@ from megakexue import __version__
 from megakexue.config import (
     DataConfig,
     ResolvedConfig,
+    ResolvedModel,
     SourceConfig,
+    UserError,
     as_integer,
     as_number,
     load_config,
@@ -44,12 +49,16 @@ scale) must stay; where the target differs, the error names what to set.
 The bundle is written only if the logits in float64 and float32 are those of SOURCE to rounding. --depth stack is the
 exception: it repeats blocks, changes the function, and says by how much.
 
+SOURCE may also be a Hugging Face folder or a .gguf file, as tools/import_hf.py takes them. It is imported first, with
+its comparison, into a bundle beside OUT, which is removed at the end. Its tokenizer must be that of TARGET's data.
+
 The optimizer's state grows too, where SOURCE has one of the target's optimizer: a run has; a bundle if it was written
 with --optimizer. Train on with train.init_from=BUNDLE, train.init_optimizer=keep and train.init_data=continue.
 
 examples:
   tools/grow_model.py runs/1b --config configs/7b_from_1b.yaml --out bundles/7b_from_1b
   tools/grow_model.py runs/1b --config configs/7b_from_1b.yaml --dry-run
+  tools/grow_model.py models/SmolLM2-135M --config my.yaml --out bundles/smollm2_285m
   tools/grow_model.py bundles/small --config configs/125m.yaml --out bundles/wide model.d_model=1024 model.n_heads=16
 """
 
@@ -58,7 +67,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a run (its fp32 masters) or a bundle")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run (its fp32 masters), a bundle, a Hugging Face folder or a .gguf file",
+    )
     parser.add_argument("--config", type=Path, required=True, metavar="TARGET", help="YAML of the run that goes on")
     parser.add_argument("--out", type=Path, metavar="BUNDLE", help="folder to write")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over TARGET, such as model.d_ff=1024")
@@ -95,7 +109,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     args = parser.parse_intermixed_args()
-    require(args.source.is_dir(), f"no folder {args.source}: name a run or a bundle")
+    is_gguf = args.source.is_file() and args.source.suffix == ".gguf"
+    require(
+        args.source.is_dir() or is_gguf,
+        f"no folder {args.source}: name a run, a bundle, a Hugging Face folder or a .gguf file",
+    )
+    names = [name for name in ("config.json", "config.yaml") if (args.source / name).is_file()]
+    args.is_foreign = is_gguf or names == ["config.json"]
+    require(not (args.is_foreign and args.step), f"--step {args.step} has no effect: {args.source} is no run")
     require(args.dry_run or args.out is not None, "--out is missing: name the bundle to write, or give --dry-run")
     require(
         not args.out or args.overwrite or not args.out.exists(),
@@ -115,27 +136,45 @@ def main() -> None:
 
     # seconds of imports, which a mistake in the arguments should not cost
     from megakexue.bundle.axis_maps import Choices
-    from megakexue.bundle.bundle import check_out, write_bundle
-    from megakexue.bundle.grow import Growth, grown_state
-    from megakexue.bundle.trace import grown_weights
-    from megakexue.core.costs import n_parameters
+    from megakexue.bundle.bundle import check_out
+    from megakexue.bundle.grow import Growth
     from megakexue.core.resolve import resolve_config
     from megakexue.run.export import open_source
 
-    source = open_source(args.source, args.step)
-    require(
-        tokenizer_sha256(source.tokenizer) == tokenizer_sha256(config.data.tokenizer),
-        f"data.tokenizer={config.data.tokenizer} is not the tokenizer of {args.source}, so its ids mean other text: "
-        f"prepare the data with {source.tokenizer}",
-    )
-    target = resolve_config(config)
-    choices = Choices(width=args.width, units=args.units, noise=args.noise, depth=args.depth, seed=args.seed)
-    growth = Growth(source.config, target.model, choices)
-    optimizer, why = choose_optimizer(args, target, source.optimizer)
-    print_plan(growth, target, why)
-    if args.dry_run:
-        return
-    check_out(args.out, args.overwrite)
+    with ExitStack() as stack:
+        # of a foreign model, what its small files say is enough to see whether all fits; the weights come later
+        source = None if args.is_foreign else open_source(args.source, args.step)
+        old, tokenizer, state = stack.enter_context(foreign(args.source)) if source is None else (
+            source.config, source.tokenizer, source.optimizer
+        )  # fmt: skip
+        own = tokenizer if args.source.is_dir() else "the tokenizer of its import (tools/import_hf.py)"
+        require(
+            tokenizer_sha256(tokenizer) == tokenizer_sha256(config.data.tokenizer),
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer of {args.source}, so its ids mean other "
+            f"text: prepare the data with {own}",
+        )
+        target = resolve_config(config)
+        choices = Choices(width=args.width, units=args.units, noise=args.noise, depth=args.depth, seed=args.seed)
+        growth = Growth(old, target.model, choices)
+        optimizer, why = choose_optimizer(args, target, state)
+        print_plan(growth, target, why)
+        if args.dry_run:
+            return
+        check_out(args.out, args.overwrite)
+        source = source or open_source(stack.enter_context(imported(args.source, args.out)))
+        write(args, growth, source, target, optimizer)
+
+
+def write(
+    args: argparse.Namespace, growth: "Growth", source: "RunCheckpoint | Bundle", target: ResolvedConfig,
+    optimizer: "OptimizerInfo | None",
+) -> None:  # fmt: skip
+    """Write the grown bundle, and compare on the way."""
+    from megakexue.bundle.bundle import write_bundle
+    from megakexue.bundle.grow import grown_state
+    from megakexue.bundle.trace import grown_weights
+    from megakexue.core.costs import n_parameters
+
     batch = held_out_batch(target.data)
     lineage = lineage_of(growth, source, args.source)
 
@@ -155,6 +194,44 @@ def main() -> None:
     print(f"{args.out}: {n_parameters(growth.new):,} parameters, {n_bytes:,} bytes, in {seconds:.0f} s")
     if not growth.is_lossless:
         print("WARNING: --depth stack is not lossless: this is another function, which has to be trained back first")
+
+
+@contextmanager
+def foreign(path: Path) -> Iterator[tuple[ResolvedModel, Path, None]]:
+    """Give the model section and the tokenizer of a Hugging Face folder or a GGUF file; it has no optimizer's state."""
+    from megakexue.bundle.hf_import import Gguf, open_source, resolved
+    from megakexue.bundle.imported_tokenizer import tokenizer_of, write_gguf_tokenizer
+
+    source = open_source(path)
+    with temporary_folder() as folder:
+        tokenizer = tokenizer_of(path, None)
+        if tokenizer is None:
+            assert isinstance(source, Gguf)
+            tokenizer = write_gguf_tokenizer(source.metadata, folder)
+        yield resolved(source), tokenizer, None
+
+
+@contextmanager
+def imported(path: Path, out: Path) -> Iterator[Path]:
+    """Give a bundle of a Hugging Face folder or a GGUF file, beside `out`; it is removed at the end.
+
+    Raises:
+        UserError: it cannot be imported, or is another model here than in transformers.
+    """
+    bundle = out.absolute().with_name(f".{out.name}.imported")
+    program = Path(__file__).with_name("import_hf.py")
+    # a process of its own, whose memory is free for growth
+    done = subprocess.run(
+        [sys.executable, program, path, "--out", bundle, "--overwrite"], capture_output=True, text=True
+    )  # fmt: skip
+    try:
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise UserError(f"tools/import_hf.py {path}: {lines[-1].removeprefix('error: ')}")
+        print(done.stdout.splitlines()[0], flush=True)
+        yield bundle
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
 
 
 def choose_optimizer(

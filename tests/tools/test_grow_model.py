@@ -158,7 +158,8 @@ def test_mistakes_in_the_arguments_cost_no_imports(prepared: Prepared, tmp_path:
     config = str(ROOT / "configs" / "tiny_grown.yaml")
     (tmp_path / "there").mkdir()
     cases = {
-        "error: no folder nowhere: name a run or a bundle": ["nowhere", "--config", config, "--out", "x"],
+        "error: no folder nowhere: name a run, a bundle, a Hugging Face folder or a .gguf file": [
+            "nowhere", "--config", config, "--out", "x"],
         "error: --out is missing": [str(tmp_path), "--config", config],
         "there exists: choose another name, or add --overwrite": [
             str(tmp_path), "--config", config, "--out", str(tmp_path / "there")],

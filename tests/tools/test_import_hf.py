@@ -75,11 +75,17 @@ def test_imported_models_train_and_grow(
     target = config_of(bundle, prepared, folder, *ADAMW)
     wider = ["model.d_model=48", "model.n_heads=6", "model.n_kv_heads=3", "model.d_ff=64", "model.n_layers=3"]
     scale = Bundle(bundle).config.d_model / 48
-    run(monkeypatch, bundle, "--config", target, "--out", folder / "bundle", f"model.logit_scale={scale}", *wider,
-        program=ROOT / "tools" / "grow_model.py")  # fmt: skip
+    grow = [tmp_path / "Qwen2", "--config", target, "--out", folder / "bundle", f"model.logit_scale={scale}", *wider]
+    program = ROOT / "tools" / "grow_model.py"
+    with pytest.raises(UserError, match=r"below that of the weights: set model.d_ff=48"):  # before the import
+        run(monkeypatch, *grow, "model.d_ff=32", program=program)
+    run(monkeypatch, *grow, program=program)  # from the folder itself
     said = capsys.readouterr().out
     assert "optimizer        no state in the source\n" in said and "float32   norm_eps 1e-05: 512 tokens'" in said
-    assert Bundle(folder / "bundle").weight("blocks.0.attention.bq").shape == (48,)
+    assert "tokens' float32 logits differ from transformers' by at most: whole" in said
+    grown = Bundle(folder / "bundle")
+    assert grown.weight("blocks.0.attention.bq").shape == (48,) and not list(folder.glob(".*"))
+    assert grown.lineage["source"] == str(tmp_path / "Qwen2") and grown.lineage["of"]["family"] == "qwen2"
 
 
 def test_what_differs_is_not_written(
