@@ -12,6 +12,7 @@ run/
   dumps/             the step at which the guard stopped the run, for tools/replay_step.py
   logs/rank_N.log    what each rank did, and its traceback if it failed
   cache/             shards of remote sources
+  exports/           megakexue/run/exporter.py
 """
 
 import hashlib
