@@ -282,8 +282,8 @@ class Case:
             n_ranks, stage = self.args.moved_to
             title += f" on {n_ranks} ranks under stage {stage}"
         own = [f"train.run={self.folder / run}", f"train.stop_at_step={2 * k}", f"checkpoint.every_steps={k}",
-               "checkpoint.keep_last=3", "checkpoint.keep_every=null", "metrics.every_steps=1",
-               "metrics.tensorboard=false", f"engine.zero_stage={stage}"]  # fmt: skip
+               "checkpoint.keep_last=3", "checkpoint.keep_every=null", "checkpoint.export=null",
+               "metrics.every_steps=1", "metrics.tensorboard=false", f"engine.zero_stage={stage}"]  # fmt: skip
         every = {
             "evaluate.every_steps": self.config.evaluate.every_steps,
             "metrics.statistics_every_steps": self.config.metrics.statistics_every_steps,

@@ -50,6 +50,8 @@ Class = Literal[
     "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM", "MegakexueForCausalLM"
 ]  # fmt: skip
 MODELING = Path(__file__).with_name("modeling_megakexue.py")
+INPUTS = ["input_ids", "attention_mask"]
+"""What a model takes of what its tokenizer makes."""
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -301,6 +303,7 @@ def _write_tokenizer(folder: Path, model: TrainedModel, tokenizer: Tokenizer) ->
         config = folder / CONFIG
         values = read_json(config, "a tokenizer_config.json") | length
         values.pop("auto_map", None)  # names code that is not in this folder
+        values |= {"model_input_names": INPUTS}  # else the library adds token_type_ids, which generate refuses
         write_json(config, values)
         return
     content = tokenizer_json(tokenizer)
@@ -310,7 +313,7 @@ def _write_tokenizer(folder: Path, model: TrainedModel, tokenizer: Tokenizer) ->
     values = {name: pieces[i] for name, i in ids.items()}
     values |= {
         "tokenizer_class": "PreTrainedTokenizerFast", **length,
-        "model_input_names": ["input_ids", "attention_mask"], "padding_side": "left", "add_bos_token": True,
+        "model_input_names": INPUTS, "padding_side": "left", "add_bos_token": True,
         "add_eos_token": False, "clean_up_tokenization_spaces": False,
         "add_prefix_space": tokenizer.has_prefix,  # which llama.cpp reads beside tokenizer.model
     }  # fmt: skip

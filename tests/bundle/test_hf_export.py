@@ -28,6 +28,7 @@ from tests.bundle.exporting import (
     random_tokens,
 )
 from tests.conftest import Prepared
+from tests.foreign import byte_level
 from tests.helpers import tiny
 from tests.hf import MODELS, random_ids, save_model
 
@@ -179,6 +180,20 @@ def test_the_card_says_what_the_bundle_knows(prepared: Prepared, tmp_path: Path)
     ):  # fmt: skip
         assert line in card
     assert "trust_remote_code" not in card
+
+
+def test_generate_takes_what_a_tokenizer_of_others_gives(prepared: Prepared, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    first = random_bundle(prepared, tmp_path / "first", **PLAIN)
+    tokenizer = byte_level(tmp_path / "tokenizer", "one mark", ["import this"] * 3, vocab_size=300)
+    own = tokenizer.with_name("tokenizer_config.json")
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    parts = ((name, first.weight(name)) for name in first._files)
+    bundle = Bundle(write_bundle(tmp_path / "second", first.config, parts, tokenizer, {"from": "x"}))
+    export_hf(bundle, tmp_path / "hf", check=False)
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "hf")("import this", return_tensors="pt")
+    assert load(tmp_path / "hf").generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_prompts_differ_in_length() -> None:
