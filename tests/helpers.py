@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megakexue.config import (
@@ -88,6 +89,17 @@ TIMES = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s"}
 def column(run: Path) -> list[dict[str, Any]]:
     """All that a run recorded but what the clock and the machine decide."""
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records(run)]
+
+
+def losses_near(record: dict[str, Any]) -> dict[str, Any]:
+    """A recorded line whose losses may differ by the order of float32 sums."""
+
+    def near(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: near(key, part) for key, part in value.items()}
+        return pytest.approx(value, rel=2e-5) if name in ("loss", "grad_norm", "bits_per_byte") else value
+
+    return {name: near(name, value) for name, value in record.items()}
 
 
 def state_hashes(run: Path, step: int) -> dict[str, Any]:
@@ -174,6 +186,7 @@ def make_record(step: int, **values: Any) -> StepRecord:
         "epoch": step / 300,
         "data_wait_s": 0.01,
         "step_s": 0.1,
+        "bits_per_byte": 1.25,
     }
     return StepRecord(step=step, **{**defaults, **values})
 

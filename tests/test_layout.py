@@ -46,7 +46,7 @@ LEVELS = {
     ],
     "run": [
         {"order", "source", "records", "guard", "preemption", "zero", "rendezvous"},
-        {"rows", "metrics", "state", "folder", "watch"},
+        {"rows", "by_source", "metrics", "state", "folder", "watch"},
         {"data", "engine"},
         {"checkpoint"},
         {"saves", "resume", "export", "replay"},

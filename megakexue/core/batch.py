@@ -7,7 +7,8 @@ What must stay true: no target is a BOS or PAD; positions restart exactly where 
 attention, RoPE and log n see the same documents.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ class Batch:
     samples: list[Position]
     """Which samples these are, row by row; `Batches.names` names their shards. One that is cut into several rows is
     there for each. Rows of padding alone have none and are the last."""
+    sources: list[int] = field(default_factory=list)
+    """Of which source each row is, by number, as `samples`. Empty: not known."""
 
     @property
     def boundaries(self) -> Int32[Tensor, " n"] | None:
@@ -58,12 +61,13 @@ class Batch:
 
 
 def make_batch(
-    rows: Int64[np.ndarray, "b t1"], samples: list[Position], *, bos_id: int, pad_id: int, eos_id: int | None = None
-) -> Batch:
+    rows: Int64[np.ndarray, "b t1"], samples: list[Position], *, bos_id: int, pad_id: int, eos_id: int | None = None,
+    sources: Sequence[int] = (),
+) -> Batch:  # fmt: skip
     """Return rows of t1 = t + 1 tokens as inputs and targets, with the documents in them.
 
     Args:
-        samples: of the first rows; the rows after them hold PAD alone.
+        samples, sources: of the first rows; the rows after them hold PAD alone.
         eos_id: matters where it is BOS or PAD too (megakexue/text/pack.py). Then it is EOS after a token of a text,
             and so a target.
     """
@@ -88,4 +92,5 @@ def make_batch(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         n_targets=int((targets != IGNORED).sum()),
         samples=samples,
+        sources=list(sources),
     )

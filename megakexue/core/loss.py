@@ -50,14 +50,16 @@ class Losses(NamedTuple):
     """What to train on."""
     cross_entropy: Float32[Tensor, ""]
     """The cross-entropy alone, without gradient: what to log."""
+    of_tokens: Float32[Tensor, " n"]
+    """The cross-entropy of each target, without gradient; 0 where it is IGNORED."""
 
 
 def plain_cross_entropy(
     hidden: Float[Tensor, "n m"], weight: Float[Tensor, "v m"], targets: Int64[Tensor, " n"], logit_scale: float
-) -> Float32[Tensor, ""]:
-    """Return the cross-entropy from all logits at once: the reference of the tests."""
+) -> Float32[Tensor, " n"]:
+    """Return the cross-entropy of each target from all logits at once: the reference of the tests."""
     logits = functional.linear(hidden, weight).float() * logit_scale
-    return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
 
 @torch.no_grad()
@@ -87,8 +89,8 @@ def cross_entropy(
     if not torch.is_grad_enabled():
         size = LOSS_CHUNK[hidden.device.type]
         chunks = zip(hidden.split(size), targets.split(size))
-        total = torch.stack([plain_cross_entropy(h, weight, t, logit_scale) for h, t in chunks]).sum()
-        return Losses(total, total)
+        of_tokens = torch.cat([plain_cross_entropy(h, weight, t, logit_scale) for h, t in chunks])
+        return Losses(of_tokens.sum(), of_tokens.sum(), of_tokens)
     assert config.emo == (emo_rows is not None), "loss.emo and emo_rows go together"
     kernels = _kernels(is_compiled)
     return Losses(*_ChunkedLoss.apply(hidden, weight, targets, logit_scale, gradient_scale, config, emo_rows, kernels))
@@ -97,8 +99,9 @@ def cross_entropy(
 def _logit_gradient(
     logits: Tensor, target: Tensor, logit_scale: float, gradient_scale: Scale, config: LossConfig,
     emo_rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradient to the logits [n, v], in their dtype, and the sums of objective and cross-entropy.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradient to the logits [n, v], in their dtype, the sums of objective and cross-entropy, and the latter
+    of each token [n].
 
     The gradient is factor softmax + ratio / 2 weighted - share [j = t], times the two scales.
     """
@@ -128,8 +131,8 @@ def _logit_gradient(
         del weighted
     d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -share))
     d_logits.mul_(kept[:, None] * (logit_scale * gradient_scale))
-    objective, cross_entropy = (x.squeeze(1).where(kept, 0).sum() for x in (objective, cross_entropy))
-    return d_logits.to(logits.dtype), objective, cross_entropy
+    objective, of_tokens = (x.squeeze(1).where(kept, 0) for x in (objective, cross_entropy))
+    return d_logits.to(logits.dtype), objective.sum(), of_tokens.sum(), of_tokens
 
 
 def _add(total: Tensor, part: Tensor) -> None:
@@ -143,7 +146,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 class _Kernels(NamedTuple):
     """What the loss does beside its matrix products."""
 
-    gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     add: Callable[[Tensor, Tensor], None]
     scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
@@ -161,9 +164,10 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float, gradient_scale: Scale,
         config: LossConfig, emo_rows: Tensor | None, kernels: "_Kernels",
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         objective_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         cross_entropy_sum = torch.zeros_like(objective_sum)
+        of_tokens = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         # float32, since many chunks are added up
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -171,7 +175,7 @@ class _ChunkedLoss(torch.autograd.Function):
         def add(rows: slice) -> None:  # a function, so that a chunk's logits are gone before the next one's come
             logits = hidden[rows] @ weight.T
             arguments = logits, targets[rows], logit_scale, gradient_scale, config, emo_rows
-            d_logits, objective, cross_entropy = kernels.gradient(*arguments)
+            d_logits, objective, cross_entropy, of_tokens[rows] = kernels.gradient(*arguments)
             objective_sum.add_(objective)
             cross_entropy_sum.add_(cross_entropy)
             torch.mm(d_logits, weight, out=d_hidden[rows])
@@ -182,8 +186,8 @@ class _ChunkedLoss(torch.autograd.Function):
             add(slice(low, low + size))
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.gradient_scale, ctx.dtype, ctx.kernels = gradient_scale, weight.dtype, kernels
-        ctx.mark_non_differentiable(cross_entropy_sum)
-        return objective_sum, cross_entropy_sum
+        ctx.mark_non_differentiable(cross_entropy_sum, of_tokens)
+        return objective_sum, cross_entropy_sum, of_tokens
 
     @staticmethod
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -247,12 +247,16 @@ class Batches:
     def _read(self, samples: list[Position], seq_len: int) -> Batch:
         """Read the rows of `samples`, fill up with rows of PAD, and cut them all into rows of `seq_len`."""
         rows = np.full((self.micro_batch_size, self.seq_len + 1), self.pad_id, dtype=np.int64)
-        for i, position in enumerate(samples):
-            rows[i] = self.rows.read(self.order.row(position))
+        numbers = [self.order.row(position) for position in samples]
+        for i, number in enumerate(numbers):
+            rows[i] = self.rows.read(number)
+        sources = [self.rows.source_of(number) for number in numbers]
         if seq_len < self.seq_len:
             cut = np.lib.stride_tricks.sliding_window_view(rows, seq_len + 1, axis=1)[:, ::seq_len]
-            rows, samples = cut.copy().reshape(-1, seq_len + 1), [s for s in samples for _ in range(cut.shape[1])]
-        return make_batch(rows, samples, bos_id=self.bos_id, eos_id=self.eos_id, pad_id=self.pad_id)
+            rows, n = cut.copy().reshape(-1, seq_len + 1), cut.shape[1]
+            samples, sources = [s for s in samples for _ in range(n)], [s for s in sources for _ in range(n)]
+        marks = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        return make_batch(rows, samples, sources=sources, **marks)
 
     def _take(self) -> Batch:
         """Return the next micro-batch, as soon as the reader has it."""

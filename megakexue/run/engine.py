@@ -40,11 +40,12 @@ from megakexue.core.batch import Batch
 from megakexue.core.costs import flops_per_token
 from megakexue.core.decoder import Block, Decoder, centre, initial_weight
 from megakexue.core.device import DTYPES, find_device, has_compiler
-from megakexue.core.loss import unit_rows
+from megakexue.core.loss import Losses, unit_rows
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
 from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
 from megakexue.core.sequence import Sequence
+from megakexue.run.by_source import RowLosses
 from megakexue.run.guard import Guard
 from megakexue.run.rendezvous import join
 from megakexue.run.zero import STAGES, OwnGradients
@@ -276,6 +277,8 @@ class Engine:
         self._copies = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._emo_rows: Tensor | None = None
         self._readers: list[Callable[[], None]] = []
+        self.row_losses: list[RowLosses] = []
+        """Of the micro-batches of the last step or validation, for `by_source.add_up`."""
         self.mark: Callable[..., None] = lambda *_: None
         """Is told what phase of a step begins, as `Watch.mark`."""
 
@@ -363,6 +366,7 @@ class Engine:
         """
         assert len(batches) == self.n_micro_batches
         batches = [self._part(batch) for batch in batches]
+        self.row_losses.clear()
         self._engine.train()
         if self._own_gradients:
             self._own_gradients.begin_step()
@@ -486,7 +490,12 @@ class Engine:
         options["sequence"] = self._sequence
         losses = self._engine(*self._inputs(batch), **options)
         self._engine.backward(losses.objective * scale, scale_wrt_gas=False)
+        self._keep_rows(batch, losses)
         return losses.cross_entropy
+
+    def _keep_rows(self, batch: Batch, losses: Losses) -> None:
+        of_rows = losses.of_tokens.view(batch.targets.shape).sum(1, dtype=torch.float64)
+        self.row_losses.append(RowLosses(batch.sources, batch.targets, of_rows))
 
     def _add_over_ranks(self, loss: Tensor, sums: Sums, weights: Sums | None) -> Tensor:
         """Add up the loss and the sums of all ranks in one all-reduce; return the loss."""
@@ -528,7 +537,10 @@ class Engine:
     def evaluation_loss(self, batch: Batch) -> Tensor:
         """Return the sum of the cross-entropy of this rank's part of a micro-batch, float32, on its device."""
         self._engine.eval()
-        return self._engine(*self._inputs(self._part(batch)), sequence=self._sequence).cross_entropy
+        batch = self._part(batch)
+        losses = self._engine(*self._inputs(batch), sequence=self._sequence)
+        self._keep_rows(batch, losses)
+        return losses.cross_entropy
 
     def validation_loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (mean loss in nats, target tokens) over the micro-batches of all ranks, on every rank.
@@ -538,6 +550,7 @@ class Engine:
         Args:
             batches: as many on each rank, such as `Batches.first_rows` yields.
         """
+        self.row_losses.clear()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
             loss = self.evaluation_loss(batch)

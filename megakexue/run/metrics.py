@@ -23,6 +23,7 @@ from megakexue.config import MetricsConfig, Status, mute_stdout
 from megakexue.run.records import (
     ExportRecord,
     Record,
+    SourceLoss,
     StatisticsRecord,
     StepRecord,
     ValidationRecord,
@@ -72,6 +73,20 @@ def statistics_line(record: StatisticsRecord, n_steps: int) -> str:
         f"{_place(record.step, n_steps)}  update/weight {whole.update_per_weight:.1e}  cosine {whole.cosine:.2f}  "
         f"signs {whole.sign_agreement:.2f}"
     )
+
+
+def is_recorded(step: int, status: Status, every_steps: int, n_steps: int) -> bool:
+    """Whether a step is shown and recorded: one in `every_steps`, the first, the last, and what was not applied."""
+    return status != "applied" or step % every_steps == 0 or step in (1, n_steps)
+
+
+def _source_scalars(split: str, record: StepRecord | ValidationRecord) -> dict[str, float]:
+    """What TensorBoard gets beside the loss, by tag."""
+    scalars = {f"{split}/bits_per_byte": record.bits_per_byte}
+    if len(record.sources) > 1:
+        for name, source in record.sources.items():
+            scalars |= {f"{split}/loss/{name}": source.loss, f"{split}/bits_per_byte/{name}": source.bits_per_byte}
+    return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
 
 
 def _mean(losses: Collection[float]) -> float:
@@ -171,9 +186,10 @@ class Metrics:
             self._losses.append(loss)
             self._recent.append(loss)
             loss = _mean(self._losses)
-        if is_bad or record.step % self._every_steps == 0 or record.step in (1, self._n_steps):
+        if is_recorded(record.step, record.status, self._every_steps, self._n_steps):
             scalars = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "loss_scale", "data_wait_s")
-            self._write(record, {f"train/{name}": getattr(record, name) for name in scalars})
+            tags = {f"train/{name}": getattr(record, name) for name in scalars}
+            self._write(record, tags | _source_scalars("train", record))
             if self._n_lines % N_LINES == 0:
                 self.message(header_line(self._n_steps))
             self._n_lines += 1
@@ -189,10 +205,21 @@ class Metrics:
             if due:
                 self._drawn_at = time.monotonic()
 
-    def log_validation(self, step: int, loss: float, n_tokens: int) -> None:
-        self._valid = ValidationRecord(step=step, loss=loss, n_tokens=n_tokens)
-        self._write(self._valid, {"valid/loss": loss})
-        self.message(f"{_place(step, self._n_steps)}  {loss:7.4f}  validation, {human_count(n_tokens)} tokens")
+    def log_validation(
+        self, step: int, loss: float, n_tokens: int, bits_per_byte: float = math.nan,
+        sources: dict[str, SourceLoss] | None = None,
+    ) -> None:  # fmt: skip
+        record = self._valid = ValidationRecord(
+            step=step, loss=loss, n_tokens=n_tokens, bits_per_byte=bits_per_byte, sources=sources or {}
+        )
+        self._write(record, {"valid/loss": record.loss} | _source_scalars("valid", record))
+        parts: dict[str, ValidationRecord | SourceLoss] = {"": record}
+        if len(record.sources) > 1:
+            parts |= {f" of {name}": source for name, source in record.sources.items()}
+        for name, part in parts.items():
+            place = _place(step if part is record else "", self._n_steps)
+            bits = "" if math.isnan(part.bits_per_byte) else f", {part.bits_per_byte:.3f} bits per byte"
+            self.message(f"{place}  {part.loss:7.4f}  validation{name}, {human_count(part.n_tokens)} tokens{bits}")
 
     def log_statistics(self, record: StatisticsRecord) -> None:
         scalars = {"statistics/n_drifting_rows": float(record.n_drifting_rows)}

@@ -19,6 +19,16 @@ from megakexue.files import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceLoss:
+    """Of the rows of one source."""
+
+    loss: float
+    """Nats per target token."""
+    n_tokens: int
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecord:
     step: int
     """Optimizer steps done, this one included: the first is 1."""
@@ -39,6 +49,10 @@ class StepRecord:
     data_wait_s: float
     """The part of `step_s` that was spent waiting for the batch."""
     step_s: float
+    bits_per_byte: float = math.nan
+    """Of the text that the target tokens stand for; nan: not known, as in records of older versions."""
+    sources: dict[str, SourceLoss] = dataclasses.field(default_factory=dict)
+    """By name; those that had rows in this step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +61,8 @@ class ValidationRecord:
     loss: float
     """Nats per target token."""
     n_tokens: int
+    bits_per_byte: float = math.nan
+    sources: dict[str, SourceLoss] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +168,8 @@ def read_metrics(path: Path) -> list[Record]:
 def _parse(line: str) -> Record:
     values = parse_json(line)
     kind = _KINDS[values.pop("kind")]
+    if "sources" in values:
+        values["sources"] = {name: _typed(SourceLoss, source) for name, source in values["sources"].items()}
     if kind is StatisticsRecord:
         values["whole"] = _typed(TensorStatistics, values["whole"])
         values["tensors"] = {name: _typed(TensorStatistics, tensor) for name, tensor in values["tensors"].items()}
@@ -161,7 +179,7 @@ def _parse(line: str) -> Record:
 def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
     """Make a `kind` of JSON's `values`, whose "nan" becomes nan."""
     for field in dataclasses.fields(kind):
-        if field.type in (int, float):
+        if field.type in (int, float) and field.name in values:
             values[field.name] = float(values[field.name]) if field.type is float else int(values[field.name])
     return kind(**values)
 

@@ -27,6 +27,7 @@ class Rows:
     def __init__(self, sources: list[Source]) -> None:
         self._shards = [(source, index) for source in sources for index in range(len(source.shards))]
         self._ends = np.cumsum(np.concatenate([source.shard_rows for source in sources]))
+        self._source_ends = np.cumsum([source.n_rows for source in sources])
         self._open: OrderedDict[int, tuple[int, Ints]] = OrderedDict()
         """By shard, the one used last at the end: its file descriptor and the offsets of its rows."""
         self._lock = threading.Lock()
@@ -43,6 +44,10 @@ class Rows:
         row, own = divmod(row, source.n_parts)
         is_part = source.n_parts * n_parts > 1
         return f"{source.name(index)} row {row}" + (f" part {own * n_parts + part}" if is_part else "")
+
+    def source_of(self, row: int) -> int:
+        """Return the number of the source that a row is of."""
+        return int(np.searchsorted(self._source_ends, row, side="right"))
 
     def shards_of(self, rows: Ints) -> list[int]:
         """Return the shards that hold these rows, each once, in order; `fetch` takes them."""

@@ -6,6 +6,7 @@ started again is bit for bit the run that was not; and all ranks leave the loop 
 
 import dataclasses
 import logging
+import math
 import shlex
 import socket
 import time
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from megakexue import dist
@@ -27,18 +30,20 @@ from megakexue.core.resolve import resolve_config
 from megakexue.core.schedule import lr_factor
 from megakexue.facts import host_facts
 from megakexue.run import checkpoint
+from megakexue.run.by_source import add_up, name_sources
 from megakexue.run.data import Batches, Interrupted
 from megakexue.run.engine import Engine, StepResult, start
 from megakexue.run.exporter import Exporter, check_exportable
 from megakexue.run.folder import check_not_lost, describe_run, open_run, source_version, together
 from megakexue.run.guard import TrainingStopped
-from megakexue.run.metrics import Metrics
+from megakexue.run.metrics import Metrics, is_recorded
 from megakexue.run.preemption import Interruption, Preemption
-from megakexue.run.records import StepRecord, statistics_record
+from megakexue.run.records import SourceLoss, StepRecord, statistics_record
 from megakexue.run.resume import load_emo_rows, start_run
 from megakexue.run.saves import Saves
 from megakexue.run.state import StoppedState, TrainerState
 from megakexue.run.watch import Watch
+from megakexue.text.tokenizer_files import load_tokenizer
 
 log = logging.getLogger("megakexue")
 T = TypeVar("T")
@@ -119,6 +124,8 @@ class _Run:
     data: Batches
     valid: Batches | None
     """None: no validation."""
+    n_bytes: npt.NDArray[np.int64]
+    """That each token id stands for."""
     metrics: Metrics | None
     """Only on the first rank."""
     peak_flops: float
@@ -185,7 +192,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         return made
 
     watch.mark("opening the data")
-    data = batches("train")
+    data, tokenizer = batches("train"), load_tokenizer(config.data.tokenizer)
     of_ranks = dist.gather({str(ranks.rank): (socket.gethostname(), data.fingerprint)})
     for rank, (host, fingerprint) in of_ranks.items():
         require(  # what hosts have downloaded; local folders were compared at the start
@@ -240,8 +247,8 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         )
     return _Run(
         config=config, folder=folder, ranks=ranks, watch=watch, preemption=preemption, engine=engine, data=data,
-        valid=valid, metrics=metrics, peak_flops=peak, saves=stack.enter_context(saves), exporter=exporter,
-        state=begun.state,
+        valid=valid, n_bytes=tokenizer.piece_bytes(), metrics=metrics, peak_flops=peak,
+        saves=stack.enter_context(saves), exporter=exporter, state=begun.state,
     )  # fmt: skip
 
 
@@ -275,8 +282,16 @@ def _validate_if_due(run: _Run) -> None:
     if step % every == 0 or step == run.config.train.steps:
         loss, n_tokens = run.engine.validation_loss(_validation_rows(run, run.valid))
         run.state = dataclasses.replace(run.state, validated=step)
+        by_source = _by_source(run, run.valid)
         if run.metrics:
-            run.metrics.log_validation(step, loss, n_tokens)
+            run.metrics.log_validation(step, loss, n_tokens, *by_source)
+
+
+def _by_source(run: _Run, data: Batches) -> tuple[float, dict[str, SourceLoss]]:
+    """Bits per byte and losses by source of what the engine has just computed, a collective."""
+    config = run.config.data
+    names = dict(zip([source.path for source in config.sources], name_sources([s.path for s in config.sources])))
+    return add_up(run.engine.row_losses, [names[source.path] for source in data.sources], run.n_bytes)
 
 
 def _validation_rows(run: _Run, valid: Batches) -> Iterator[Batch]:
@@ -306,12 +321,14 @@ def _step(run: _Run) -> None:
     if result.status == "rolled back":
         remarks = _roll_back(run, result)
     step_s = time.perf_counter() - began
+    is_shown = is_recorded(step, result.status, config.metrics.every_steps, config.train.steps)
+    by_source = _by_source(run, data) if is_shown else (math.nan, {})
     rows = []
     if result.note or result.reason_to_stop:
         rows = [data.names(batch) for batch in batches]
         log.warning("%s%s; rows of this rank: %s", result.note or result.reason_to_stop, _culprits(result), rows)
     if run.metrics:
-        _record(run, run.metrics, result, batches, lr, step_s)
+        _record(run, run.metrics, result, batches, lr, step_s, by_source)
         for remark in remarks:
             run.metrics.message(f"WARNING: {remark}")
         if result.statistics is not None:
@@ -320,7 +337,10 @@ def _step(run: _Run) -> None:
         _stop(run, result, batches, rows, loss_scale)
 
 
-def _record(run: _Run, metrics: Metrics, result: StepResult, batches: list[Batch], lr: float, step_s: float) -> None:
+def _record(
+    run: _Run, metrics: Metrics, result: StepResult, batches: list[Batch], lr: float, step_s: float,
+    by_source: tuple[float, dict[str, SourceLoss]],
+) -> None:  # fmt: skip
     config, data = run.config, run.data
     # what attention really computes in packed rows
     n_keys = sum(float(batch.positions.double().mean()) + 1 for batch in batches) / len(batches)
@@ -331,6 +351,7 @@ def _record(run: _Run, metrics: Metrics, result: StepResult, batches: list[Batch
             tokens_per_s=result.n_targets / step_s, mfu=flops / step_s / (run.peak_flops * run.ranks.world_size),
             memory_gib=memory_gib(run.engine.device), status=result.status, loss_scale=run.engine.guard.loss_scale,
             data_wait_s=data.wait_s, step_s=step_s, epoch=data.position.epoch + data.position.sample / data.n_rows,
+            bits_per_byte=by_source[0], sources=by_source[1],
         )
     )  # fmt: skip
 

@@ -119,6 +119,10 @@ class Tokenizer(ABC):
         """Return the bytes of one id inside a text, none for a control id."""
         return self._bytes[index]
 
+    def piece_bytes(self) -> npt.NDArray[np.int64]:
+        """Return how many bytes each id stands for: 0 for a control id, 1 for a byte piece."""
+        return np.array([len(piece) for piece in self._bytes], np.int64)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of a text, none for a control id. Raises IndexError for an id out of range."""
         ids = list(ids)

@@ -62,9 +62,9 @@ def test_equals_autograd(
     exact = plain_objective(hidden, weight, targets, 0.7, config, rows)
     assert ours.objective.dtype == ours.cross_entropy.dtype == torch.float32
     assert ours.objective.item() == pytest.approx(exact.item(), rel=1e-6)
-    assert ours.cross_entropy.item() == pytest.approx(
-        plain_cross_entropy(hidden, weight, targets, 0.7).item(), rel=1e-6
-    )
+    of_tokens = plain_cross_entropy(hidden, weight, targets, 0.7)
+    assert ours.cross_entropy.item() == pytest.approx(of_tokens.sum().item(), rel=1e-6)
+    torch.testing.assert_close(ours.of_tokens, of_tokens, rtol=1e-5, atol=1e-6)
     # the gradients are those of the factor that the caller uses, whether it announced this one or another
     for factor in (gradient_scale, 0.125):
         fresh = cross_entropy(hidden, weight, targets, 0.7, gradient_scale, config, rows).objective
@@ -108,6 +108,7 @@ def test_the_cross_entropy_is_the_same_to_the_bit_and_has_no_gradient(config: Lo
     assert torch.equal(plain.objective, plain.cross_entropy)
     assert torch.equal(losses.cross_entropy, plain.cross_entropy)
     assert losses.objective.requires_grad and not losses.cross_entropy.requires_grad
+    assert torch.equal(losses.of_tokens, plain.of_tokens) and not losses.of_tokens.requires_grad
 
 
 @configs

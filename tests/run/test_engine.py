@@ -121,7 +121,7 @@ def plain_training(config: ResolvedConfig) -> tuple[list[float], list[float], di
         for block in model.blocks:
             x = block(x, rotary, layout, None)
         logits = x.flatten(0, 1), model.head.weight
-        loss = plain_cross_entropy(*logits, batch.targets.flatten(), config.model.logit_scale)
+        loss = plain_cross_entropy(*logits, batch.targets.flatten(), config.model.logit_scale).sum()
         loss = loss / batch.n_targets
         loss.backward()
         squares = [p.grad.double().square().sum() for p in parameters.values() if p.grad is not None]

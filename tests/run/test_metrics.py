@@ -14,7 +14,7 @@ import pytest
 
 from megakexue.config import MetricsConfig
 from megakexue.run.metrics import Metrics, header_line, human_count, statistics_line, status_line
-from megakexue.run.records import StepRecord, TensorStatistics, ValidationRecord, read_metrics
+from megakexue.run.records import SourceLoss, StepRecord, TensorStatistics, ValidationRecord, read_metrics
 from tests.helpers import QUIET, ROOT, make_record, make_statistics, make_tensor, write_run
 from tests.programs import run_python
 
@@ -64,7 +64,7 @@ def test_a_validation_that_is_made_again_is_recorded_once(tmp_path: Path) -> Non
         with Metrics(tmp_path, QUIET, n_steps=2, resume_step=validated or 2, validated=validated) as metrics:
             if validated == 0:
                 metrics.log_validation(2, 1.5, 7)
-    assert read_metrics(tmp_path) == [ValidationRecord(step=2, loss=1.5, n_tokens=7)]
+    assert repr(read_metrics(tmp_path)) == repr([ValidationRecord(step=2, loss=1.5, n_tokens=7)])
 
 
 def test_records_are_on_the_disk_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,14 +351,16 @@ def test_tensorboard_scalars_and_their_resume(tmp_path: Path) -> None:
                 metrics.log_step(make_record(step, loss=step + shift, status="skipped" if step == 3 else "applied"))
                 if step in (4, 8):
                     metrics.log_statistics(make_statistics(step, n_drifting_rows=step))
-            metrics.log_validation(steps[-1], 2.0, 64)
+            sources = {name: SourceLoss(loss=x, n_tokens=32, bits_per_byte=x / 4) for name, x in zip("ab", (1.5, 2.5))}
+            metrics.log_validation(steps[-1], 2.0, 64, 0.5, sources)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "loss_scale", "data_wait_s")
     fields = [field.name for field in dataclasses.fields(TensorStatistics)]
     tensors = ("", "embedding.weight/", "blocks.0.attention.wq/")
     assert set(events.Tags()["scalars"]) == (
         {f"train/{name}" for name in names}
-        | {"valid/loss", "statistics/n_drifting_rows"}
+        | {"train/bits_per_byte", "valid/loss", "valid/bits_per_byte", "statistics/n_drifting_rows"}
+        | {f"valid/{kind}/{source}" for kind in ("loss", "bits_per_byte") for source in "ab"}
         | {f"statistics/{tensor}{field}" for tensor in tensors for field in fields}
     )
     cosines = [(event.step, event.value) for event in events.Scalars("statistics/embedding.weight/cosine")]
@@ -370,3 +372,4 @@ def test_tensorboard_scalars_and_their_resume(tmp_path: Path) -> None:
     assert loss == [(step, step if step <= 5 else step + 100) for step in range(1, 11)]
     assert loss == [(r.step, r.loss) for r in read_metrics(tmp_path) if isinstance(r, StepRecord)]
     assert [(event.step, event.value) for event in events.Scalars("valid/loss")] == [(10, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("valid/bits_per_byte/b")] == [(10, 0.625)]

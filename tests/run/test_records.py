@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from megakexue.config import UserError
 from megakexue.run.metrics import Metrics
-from megakexue.run.records import StepRecord, TensorStatistics, ValidationRecord, read_metrics
+from megakexue.run.records import (
+    SourceLoss,
+    StatisticsRecord,
+    StepRecord,
+    TensorStatistics,
+    ValidationRecord,
+    read_metrics,
+)
 from tests.helpers import QUIET, make_record, make_statistics, make_tensor, write_run
 from tests.programs import run_python
 
@@ -59,6 +66,22 @@ def test_lines_are_strict_json(tmp_path: Path) -> None:
         "tensors": {"gain": {**objects[3]["whole"], "cosine": "nan"}},
         "n_drifting_rows": 0,
     }
+
+
+def test_sources_come_back_and_records_of_older_versions_have_none(tmp_path: Path) -> None:
+    sources = {"网页": SourceLoss(loss=2.5, n_tokens=7, bits_per_byte=math.inf)}
+    record = make_record(1, sources=sources, bits_per_byte=0.75)
+    with Metrics(tmp_path, QUIET, n_steps=1, resume_step=0) as metrics:
+        metrics.log_step(record)
+        metrics.log_validation(1, 2.5, 7, 0.75, sources)
+    valid = ValidationRecord(step=1, loss=2.5, n_tokens=7, bits_per_byte=0.75, sources=sources)
+    assert read_metrics(tmp_path) == [record, valid]
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    old = [{k: v for k, v in line.items() if k not in ("bits_per_byte", "sources")} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    for found in read_metrics(tmp_path):
+        assert not isinstance(found, StatisticsRecord) and found.sources == {} and math.isnan(found.bits_per_byte)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def loss(report: Report) -> None:
             cross_entropy(*inputs).objective.backward()
 
         def plain(inputs: tuple = (hidden, weight, targets, 1.0)) -> None:
-            plain_cross_entropy(*inputs).backward()
+            plain_cross_entropy(*inputs).sum().backward()
 
         name = str(dtype).removeprefix("torch.")
         report.compare(f"cross-entropy {name} n2048 m384 v32000: chunked / all logits at once", chunked, plain)
