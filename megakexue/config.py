@@ -855,10 +855,22 @@ class EvaluateConfig:
     """Validate on the sources' valid split every so many steps, and at the last step. None: off."""
     n_rows: int = 256
     """At most so many rows, always the same ones."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the model continues greedily at each validation, such as ["Once upon a time", "def "]. They go to
+    metrics.jsonl and to TensorBoard. Each token is a forward pass of all ranks. Changes no bit of training."""
+    prompt_tokens: int = 32
+    """Tokens that each prompt is continued by. A prompt and these must fit into data.seq_len."""
 
     def __post_init__(self) -> None:
         positive(self, "evaluate.every_steps", alternative=", or null for off")
-        positive(self, "evaluate.n_rows")
+        positive(self, "evaluate.n_rows", "evaluate.prompt_tokens")
+        require(
+            not self.prompts or self.every_steps is not None,
+            "evaluate.prompts are continued at validations, and evaluate.every_steps=null: give it steps",
+        )
+        require(len(self.prompts) <= 16, f"evaluate.prompts has {len(self.prompts)} texts, and may have 16")
+        if not self.prompts:
+            no_effect(self, "evaluate.prompt_tokens", "evaluate.prompts=[]: name texts")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from megakexue.core.attention import choose_backend
 from megakexue.core.axes import axes, parameter_names, shape
 from megakexue.core.batch import Batch
 from megakexue.core.costs import flops_per_token
-from megakexue.core.decoder import Block, Decoder, centre, initial_weight
+from megakexue.core.decoder import Block, Cache, Decoder, centre, initial_weight
 from megakexue.core.device import DTYPES, find_device, has_compiler
 from megakexue.core.loss import Losses, unit_rows
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
@@ -557,6 +557,30 @@ class Engine:
             total += torch.stack([loss.double(), loss.new_tensor(self._part(batch).n_targets, dtype=torch.float64)])
         loss_sum, n_tokens = dist.sum_over_ranks(total).tolist()
         return loss_sum / max(1, n_tokens), int(n_tokens)
+
+    @torch.no_grad()
+    def continued(self, prompts: list[list[int]], n_tokens: int, vocab_size: int) -> list[list[int]]:
+        """Return the `n_tokens` most probable tokens, one after the other, that follow each prompt.
+
+        All ranks compute it, through the same collectives: none stops early, since hosts that round differently might
+        choose other tokens. It is eager, also where blocks are compiled.
+
+        Args:
+            vocab_size: of the tokenizer; ids from there on are never chosen.
+        """
+        self._engine.eval()
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        longest, row = int(lengths.max()), torch.arange(len(prompts), device=self.device)
+        # the padding at the right of a prompt is overwritten in the cache before any query sees it
+        tokens = torch.tensor([p + p[:1] * (longest - len(p)) for p in prompts], device=self.device)
+        positions = torch.arange(longest, device=self.device).expand(len(prompts), -1)
+        last, caches, found = lengths - 1, [Cache() for _ in self.module.blocks], []
+        for i in range(n_tokens):
+            self.mark("samples", f", token {i + 1} of {n_tokens}")
+            logits = self._engine(tokens, positions, caches=caches, n_positions=longest + i)
+            found.append(logits[row, last, :vocab_size].argmax(-1))
+            tokens, positions, last = found[-1][:, None], (lengths + i)[:, None], torch.zeros_like(last)
+        return torch.stack(found, dim=1).tolist()
 
     def _part(self, batch: Batch) -> Batch:
         """The tokens and targets of this rank in rows that it shares with others."""

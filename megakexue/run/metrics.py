@@ -23,6 +23,7 @@ from megakexue.config import MetricsConfig, Status, mute_stdout
 from megakexue.run.records import (
     ExportRecord,
     Record,
+    SamplesRecord,
     SourceLoss,
     StatisticsRecord,
     StepRecord,
@@ -131,7 +132,8 @@ class Metrics:
         kept = [
             record
             for record in (read_metrics(path) if path.exists() else [])
-            if record.step < dropped_from and not (isinstance(record, ValidationRecord) and record.step > last_valid)
+            if record.step < dropped_from
+            and not (isinstance(record, (ValidationRecord, SamplesRecord)) and record.step > last_valid)
         ]
         self._bad_steps: Counter[Status] = Counter(
             r.status for r in kept if isinstance(r, StepRecord) and r.status != "applied"
@@ -221,6 +223,18 @@ class Metrics:
             bits = "" if math.isnan(part.bits_per_byte) else f", {part.bits_per_byte:.3f} bits per byte"
             self.message(f"{place}  {part.loss:7.4f}  validation{name}, {human_count(part.n_tokens)} tokens{bits}")
 
+    def log_samples(self, step: int, prompts: list[str], texts: list[str]) -> None:
+        record = SamplesRecord(step=step, prompts=prompts, texts=texts)
+        # as the code of Markdown, which keeps lines and spaces
+        shown = {
+            f"samples/{i}": f"    {prompt}{text}".replace("\n", "\n    ")
+            for i, (prompt, text) in enumerate(zip(prompts, texts), start=1)
+        }
+        self._write(record, {}, shown)
+        for prompt, text in zip(prompts, texts):
+            line = f"{_place('', self._n_steps)}  {prompt!r} -> {text!r}"
+            self.message(line if len(line) <= 80 else f"{line[:77]}...")
+
     def log_statistics(self, record: StatisticsRecord) -> None:
         scalars = {"statistics/n_drifting_rows": float(record.n_drifting_rows)}
         for prefix, values in {"": record.whole, **{f"{name}/": t for name, t in record.tensors.items()}}.items():
@@ -300,13 +314,15 @@ class Metrics:
             f"run         {self._run}",
         ]
 
-    def _write(self, record: Record, scalars: dict[str, float]) -> None:
+    def _write(self, record: Record, scalars: dict[str, float], texts: dict[str, str] | None = None) -> None:
         self._pending += json_line(record).encode()
         self._flush()
         if self._tensorboard is not None:
             try:
                 for name, value in scalars.items():
                     self._tensorboard.add_scalar(name, value, record.step)
+                for name, text in (texts or {}).items():
+                    self._tensorboard.add_text(name, text, record.step)
             except OSError as error:
                 self._tensorboard = None
                 self.message(f"WARNING: TensorBoard's events cannot be written any more: {error}")

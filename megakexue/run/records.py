@@ -1,9 +1,9 @@
 """The records of a run: `metrics.jsonl`, from which everything else is drawn.
 
 Each line is one JSON object. Its "kind" says which fields it has: those of `StepRecord` ("train"), `ValidationRecord`
-("valid"), `StatisticsRecord` ("statistics") or `ExportRecord` ("export"). Floats are written by `repr`, so that they
-read back to the same bits. JSON has no other numbers, so non-finite ones are the strings "nan", "inf" and "-inf", which
-`float()` takes too.
+("valid"), `StatisticsRecord` ("statistics"), `ExportRecord` ("export") or `SamplesRecord` ("samples"). Floats are
+written by `repr`, so that they read back to the same bits. JSON has no other numbers, so non-finite ones are the
+strings "nan", "inf" and "-inf", which `float()` takes too.
 """
 
 import dataclasses
@@ -127,9 +127,20 @@ def statistics_record(step: int, sums_by_name: dict[str, list[float]], n_driftin
     )
 
 
-Record = StepRecord | ValidationRecord | StatisticsRecord | ExportRecord
+@dataclass(frozen=True, kw_only=True)
+class SamplesRecord:
+    """What the model makes of `evaluate.prompts`, one text for each."""
+
+    step: int
+    prompts: list[str]
+    texts: list[str]
+    """The continuations."""
+
+
+Record = StepRecord | ValidationRecord | StatisticsRecord | ExportRecord | SamplesRecord
 _KINDS: dict[str, type[Record]] = {
     "train": StepRecord, "valid": ValidationRecord, "statistics": StatisticsRecord, "export": ExportRecord,
+    "samples": SamplesRecord,
 }  # fmt: skip
 
 

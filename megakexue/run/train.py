@@ -21,6 +21,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from megakexue import dist
+from megakexue.bundle.generate import encode_prompt
 from megakexue.config import Config, ResolvedConfig, require
 from megakexue.core.batch import Batch
 from megakexue.core.costs import flops_per_token, product_shapes
@@ -43,6 +44,7 @@ from megakexue.run.resume import load_emo_rows, start_run
 from megakexue.run.saves import Saves
 from megakexue.run.state import StoppedState, TrainerState
 from megakexue.run.watch import Watch
+from megakexue.text.tokenizer import Tokenizer
 from megakexue.text.tokenizer_files import load_tokenizer
 
 log = logging.getLogger("megakexue")
@@ -124,6 +126,9 @@ class _Run:
     data: Batches
     valid: Batches | None
     """None: no validation."""
+    tokenizer: Tokenizer
+    prompts: list[list[int]]
+    """The tokens of `evaluate.prompts`."""
     n_bytes: npt.NDArray[np.int64]
     """That each token id stands for."""
     metrics: Metrics | None
@@ -203,6 +208,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         data.vocab_size <= config.model.vocab_size,
         f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the sources",
     )
+    prompts = _encode_prompts(config, tokenizer)
     valid = batches("valid") if config.evaluate.every_steps else None
     found, warnings = checkpoint.find(folder / "checkpoints", ranks)
     check_not_lost(folder, found, ranks)
@@ -247,9 +253,22 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         )
     return _Run(
         config=config, folder=folder, ranks=ranks, watch=watch, preemption=preemption, engine=engine, data=data,
-        valid=valid, n_bytes=tokenizer.piece_bytes(), metrics=metrics, peak_flops=peak,
-        saves=stack.enter_context(saves), exporter=exporter, state=begun.state,
+        valid=valid, tokenizer=tokenizer, prompts=prompts, n_bytes=tokenizer.piece_bytes(), metrics=metrics,
+        peak_flops=peak, saves=stack.enter_context(saves), exporter=exporter, state=begun.state,
     )  # fmt: skip
+
+
+def _encode_prompts(config: ResolvedConfig, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the tokens of `evaluate.prompts`. Raises UserError: one is too long."""
+    found = [encode_prompt(tokenizer, text) for text in config.evaluate.prompts]
+    for text, ids in zip(config.evaluate.prompts, found):
+        n_tokens = len(ids) + config.evaluate.prompt_tokens
+        require(
+            n_tokens <= config.data.seq_len,
+            f"evaluate.prompts: {text[:40]!r} and evaluate.prompt_tokens are {n_tokens} tokens, more than data.seq_len="
+            f"{config.data.seq_len}: shorten one of them",
+        )
+    return found
 
 
 def _finish_exports(run: _Run) -> None:
@@ -285,6 +304,19 @@ def _validate_if_due(run: _Run) -> None:
         by_source = _by_source(run, run.valid)
         if run.metrics:
             run.metrics.log_validation(step, loss, n_tokens, *by_source)
+        if run.prompts:
+            _sample(run, step)
+
+
+def _sample(run: _Run, step: int) -> None:
+    """Continue the prompts, on all ranks, and record the texts up to their end."""
+    config, tokenizer = run.config.evaluate, run.tokenizer
+    texts = []
+    for ids in run.engine.continued(run.prompts, config.prompt_tokens, tokenizer.vocab_size):
+        end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+        texts.append(b"".join(tokenizer.piece(i) for i in ids[:end]).decode(errors="replace"))
+    if run.metrics:
+        run.metrics.log_samples(step, config.prompts, texts)
 
 
 def _by_source(run: _Run, data: Batches) -> tuple[float, dict[str, SourceLoss]]:

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megakexue.bundle.bundle import Bundle
+from megakexue.bundle.generate import complete, load_decoder
 from megakexue.config import IGNORED, Config
 from megakexue.core.decoder import Decoder, initial_weight
 from megakexue.core.resolve import resolve_config
 from megakexue.dist import ALONE
 from megakexue.run.by_source import RowLosses, add_up, name_sources
 from megakexue.run.data import Batches
-from megakexue.run.records import SourceLoss, StepRecord, ValidationRecord, read_metrics
+from megakexue.run.export import export_run
+from megakexue.run.records import SamplesRecord, SourceLoss, StepRecord, ValidationRecord, read_metrics
 from megakexue.text.prepare import PrepareArguments, prepare
 from megakexue.text.tokenizer_files import load_tokenizer
 from tests.conftest import Prepared, stdlib_files
@@ -67,6 +70,18 @@ def by_hand(config: Config, records: list[Any]) -> None:
         assert n_bytes > n  # so that marks, which stand for no byte, are not all that there is
 
 
+def check_samples(records: list[Any], run: Path, config: Config) -> None:
+    """Compare the last samples with the texts of the exported bundle."""
+    samples = [record for record in records if isinstance(record, SamplesRecord)]
+    assert [record.step for record in samples] == [2, 4]
+    prompts = config.evaluate.prompts
+    bundle = Bundle(export_run(run, run / "bundle"))
+    rows = complete(load_decoder(bundle), bundle.load_tokenizer(), prompts, n_tokens=12, temperature=0)
+    texts = ["".join(piece or "" for piece in pieces) for pieces in zip(*rows)]
+    # what ends within a character is said of the run alone
+    assert [text.rstrip("\ufffd") for text in samples[-1].texts] == texts and all(texts)
+
+
 @pytest.mark.slow
 def test_a_run_of_two_sources(prepared: Prepared, tmp_path: Path) -> None:
     arguments = PrepareArguments(seq_len=prepared.seq_len, packing="best_fit", valid_fraction=0.2)
@@ -83,18 +98,21 @@ def test_a_run_of_two_sources(prepared: Prepared, tmp_path: Path) -> None:
             "data.stages=[{until_step: 2, seq_len: 32}]",
         ],
     }
-    common = [sources, "engine.dtype=fp32", "train.micro_batch_size=4", "train.steps=4", "evaluate.every_steps=4"]
-    kinds["seldom"] = [*kinds["shared"], "metrics.every_steps=50"]
+    common = [sources, "engine.dtype=fp32", "train.micro_batch_size=4", "train.steps=4", "evaluate.every_steps=2"]
+    kinds["seldom"] = [*kinds["whole"], "metrics.every_steps=50"]
+    for name in ("whole", "shared"):
+        kinds[name] += ["evaluate.prompts=['def f(self', '']", "evaluate.prompt_tokens=12"]
     configs = {name: tiny_config(prepared, tmp_path / name, *common, *own) for name, own in kinds.items()}
     run_on_ranks(2, train_all, list(configs.values()))
-    often, seldom = (state_hashes(tmp_path / name, 4) for name in ("shared", "seldom"))
+    often, seldom = (state_hashes(tmp_path / name, 4) for name in ("whole", "seldom"))
     for file in often.keys() - {"trainer.json"}:  # which has the config
         assert often[file] == seldom[file], file
     for name in ("whole", "shared"):
         records = read_metrics(tmp_path / name)
         by_hand(configs[name], records)
         of_losses = [record for record in records if isinstance(record, (StepRecord, ValidationRecord))]
-        assert len(of_losses) == 5
+        assert len(of_losses) == 6
+        check_samples(records, tmp_path / name, configs[name])
         for record in of_losses:
             assert record.sources.keys() == folders.keys()
             n = sum(source.n_tokens for source in record.sources.values())

@@ -353,6 +353,7 @@ def test_tensorboard_scalars_and_their_resume(tmp_path: Path) -> None:
                     metrics.log_statistics(make_statistics(step, n_drifting_rows=step))
             sources = {name: SourceLoss(loss=x, n_tokens=32, bits_per_byte=x / 4) for name, x in zip("ab", (1.5, 2.5))}
             metrics.log_validation(steps[-1], 2.0, 64, 0.5, sources)
+            metrics.log_samples(steps[-1], ["def f("], ["x):\n    return"])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "loss_scale", "data_wait_s")
     fields = [field.name for field in dataclasses.fields(TensorStatistics)]
@@ -363,6 +364,8 @@ def test_tensorboard_scalars_and_their_resume(tmp_path: Path) -> None:
         | {f"valid/{kind}/{source}" for kind in ("loss", "bits_per_byte") for source in "ab"}
         | {f"statistics/{tensor}{field}" for tensor in tensors for field in fields}
     )
+    (text,) = events.Tensors("samples/1/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0]) == (10, b"    def f(x):\n        return")
     cosines = [(event.step, event.value) for event in events.Scalars("statistics/embedding.weight/cosine")]
     assert cosines == [(4, pytest.approx(0.104)), (8, pytest.approx(0.108))]  # float32
     assert [(event.step, event.value) for event in events.Scalars("statistics/n_drifting_rows")] == [(4, 4), (8, 8)]
