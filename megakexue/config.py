@@ -755,11 +755,40 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases. The key is that of `wandb login` or WANDB_API_KEY on the host of rank 0."""
+
+    project: str
+    entity: str | None = None
+    """The team or user. None: the default of the key."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: into the folder `wandb` of the run, for `wandb sync`."""
+
+    def __post_init__(self) -> None:
+        require(self.project.strip() != "", "metrics.wandb.project is empty: name one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlflowConfig:
+    experiment: str
+    uri: str | None = None
+    """The tracking server, such as http://host:5000. None: MLFLOW_TRACKING_URI on the host of rank 0."""
+
+    def __post_init__(self) -> None:
+        require(self.experiment.strip() != "", "metrics.mlflow.experiment is empty: name one")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     every_steps: int = 1
     """Every so many steps, a status line is printed and a record goes to metrics.jsonl."""
     tensorboard: bool = True
     """Whether the records also go to TensorBoard."""
+    wandb: WandbConfig | None = None
+    """Whether they also go to W&B, such as {project: mine}. It needs `pip install 'megakexue[wandb]'`. A resume goes on
+    with the same W&B run. If W&B cannot be reached, a line says so, and training goes on. None: off."""
+    mlflow: MlflowConfig | None = None
+    """The same for MLflow, such as {experiment: mine, uri: 'http://host:5000'}: `pip install 'megakexue[mlflow]'`."""
     statistics_every_steps: int | None = 100
     """Every so many steps, statistics of each tensor are recorded: the RMS of its weights, its update and its gradient,
     and how well the directions of the last two agree. None: off."""

@@ -45,7 +45,7 @@ LEVELS = {
         {"trace", "grow_report", "hf_export"},
     ],
     "run": [
-        {"order", "source", "records", "guard", "preemption", "zero", "rendezvous"},
+        {"order", "source", "records", "guard", "preemption", "zero", "rendezvous", "sinks"},
         {"rows", "by_source", "metrics", "state", "folder", "watch"},
         {"data", "engine"},
         {"checkpoint"},
@@ -68,6 +68,8 @@ OWNERS = {
     "deepspeed": {"run.engine"},
     "safetensors": {"bundle.bundle", "bundle.hf_import", "run.checkpoint", "run.replay"},
     "gguf": {"bundle.hf_import"},
+    "wandb": {"run.sinks"},
+    "mlflow": {"run.sinks"},
     "rich": {"run.metrics", "text.progress"},
     "charset_normalizer": {"text.ledger"},
     "lm_eval": {"bundle.harness"},

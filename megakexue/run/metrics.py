@@ -31,6 +31,8 @@ from megakexue.run.records import (
     json_line,
     read_metrics,
 )
+from megakexue.run.sinks import Record as SinkRecord
+from megakexue.run.sinks import open_sinks
 
 
 def human_count(n: float) -> str:
@@ -157,6 +159,8 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=dropped_from)
+
+        self._sinks = open_sinks(run, config, resume_step, self.message)
 
         self._progress: Progress | None = None
         if sys.stdout and sys.stdout.isatty():  # None: it was closed before the start
@@ -286,6 +290,8 @@ class Metrics:
         if self._tensorboard is not None:
             with suppress(OSError):
                 self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
         if self._progress is not None:
             bar, self._progress = self._progress, None
             self._show(bar.stop)
@@ -317,6 +323,8 @@ class Metrics:
     def _write(self, record: Record, scalars: dict[str, float], texts: dict[str, str] | None = None) -> None:
         self._pending += json_line(record).encode()
         self._flush()
+        for sink in self._sinks:
+            sink.write(SinkRecord(record.step, scalars, texts or {}))
         if self._tensorboard is not None:
             try:
                 for name, value in scalars.items():
