@@ -792,6 +792,9 @@ class MetricsConfig:
     statistics_every_steps: int | None = 100
     """Every so many steps, statistics of each tensor are recorded: the RMS of its weights, its update and its gradient,
     and how well the directions of the last two agree. None: off."""
+    profile_steps: list[int] = field(default_factory=list)
+    """[first, last]: rank 0 writes a trace of these steps by torch's profiler into the folder `profile` of the run. Two
+    or three are enough, after the first ones, which compile. []: off."""
     peak_tflops: float | None = None
     """TFLOP/s of one device that MFU is measured against. None: from the data sheet of a known GPU; on CPU, an
     estimate: matrix products as large as the step's are timed at the start."""
@@ -800,6 +803,11 @@ class MetricsConfig:
         positive(self, "metrics.every_steps")
         positive(self, "metrics.statistics_every_steps", alternative=", or null for off")
         positive(self, "metrics.peak_tflops", alternative=", or null")
+        steps = self.profile_steps
+        require(
+            not steps or (len(steps) == 2 and 0 < steps[0] <= steps[1]),
+            f"metrics.profile_steps={steps} must be the first and the last step of the trace, such as [10, 12], or []",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -388,6 +388,8 @@ def test_a_model_from_a_bundle(tmp_path: Path) -> None:
         (["checkpoint.keep_every=15"], "checkpoint.keep_every=15 must be a multiple of checkpoint.every_steps=10, or"),
         (["checkpoint.grace_s=0"], "checkpoint.grace_s=0.0 must be between 0.001 and 31536000 seconds"),
         (["evaluate.every_steps=0"], "evaluate.every_steps=0 must be positive, or null for off"),
+        (["metrics.profile_steps=[3]"], "metrics.profile_steps=[3] must be the first and the last step of the trace"),
+        (["metrics.profile_steps=[3, 2]"], "metrics.profile_steps=[3, 2] must be the first and the last step of"),
         (["evaluate.n_rows=0"], "evaluate.n_rows=0 must be positive"),
         (["evaluate.prompts=[a]", "evaluate.every_steps=null"], "evaluate.prompts are continued at validations, and"),
         ([f"evaluate.prompts=[{', '.join('abcdefghijklmnopq')}]"], "evaluate.prompts has 17 texts, and may have 16"),

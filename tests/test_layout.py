@@ -45,7 +45,7 @@ LEVELS = {
         {"trace", "grow_report", "hf_export"},
     ],
     "run": [
-        {"order", "source", "records", "guard", "preemption", "zero", "rendezvous", "sinks"},
+        {"order", "source", "records", "guard", "preemption", "zero", "rendezvous", "sinks", "profiling"},
         {"rows", "by_source", "metrics", "state", "folder", "watch"},
         {"data", "engine"},
         {"checkpoint"},

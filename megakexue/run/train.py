@@ -39,6 +39,7 @@ from megakexue.run.folder import check_not_lost, describe_run, open_run, source_
 from megakexue.run.guard import TrainingStopped
 from megakexue.run.metrics import Metrics, is_recorded
 from megakexue.run.preemption import Interruption, Preemption
+from megakexue.run.profiling import Profiler
 from megakexue.run.records import SourceLoss, StepRecord, statistics_record
 from megakexue.run.resume import load_emo_rows, start_run
 from megakexue.run.saves import Saves
@@ -91,6 +92,7 @@ def train(given: Config) -> None:
                 _step(run)
                 if run.exporter:
                     run.exporter.tend(run.saves.saved)
+            _finish_trace(run)
             watch.mark("saving")
             if run.state.step != run.saves.saved:
                 run.saves.save_and_wait(run.state)
@@ -98,8 +100,9 @@ def train(given: Config) -> None:
         except Interruption as interruption:
             step = run.state.step
             watch.mark("saving")
-            if step:
+            if step:  # first of all, since a signal grants little time
                 run.saves.save_and_wait(run.state)
+            _finish_trace(run)
             kept = f"saved after step {step}" if step else "before the first step"
             run.end(f"stopped: {interruption}; {kept}; the same command goes on")
             interruption.end()
@@ -135,6 +138,8 @@ class _Run:
     """Only on the first rank."""
     peak_flops: float
     """Of a device; nan: not known."""
+    profiler: Profiler | None
+    """None: nothing is traced, or not by this rank."""
     saves: Saves
     exporter: Exporter | None
     """Only on the first rank, with `checkpoint.export`."""
@@ -251,10 +256,14 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         exporter = stack.enter_context(
             Exporter(folder, config, record=metrics.log_export, say=lambda text: _say(metrics, text))
         )
+    profiler = None
+    if ranks.is_first and config.metrics.profile_steps:
+        first, last = config.metrics.profile_steps
+        profiler = Profiler(first, last, folder / "profile")
     return _Run(
         config=config, folder=folder, ranks=ranks, watch=watch, preemption=preemption, engine=engine, data=data,
         valid=valid, tokenizer=tokenizer, prompts=prompts, n_bytes=tokenizer.piece_bytes(), metrics=metrics,
-        peak_flops=peak, saves=stack.enter_context(saves), exporter=exporter, state=begun.state,
+        profiler=profiler, peak_flops=peak, saves=stack.enter_context(saves), exporter=exporter, state=begun.state,
     )  # fmt: skip
 
 
@@ -269,6 +278,12 @@ def _encode_prompts(config: ResolvedConfig, tokenizer: Tokenizer) -> list[list[i
             f"{config.data.seq_len}: shorten one of them",
         )
     return found
+
+
+def _finish_trace(run: _Run) -> None:
+    """Write the trace of a run that ends within the steps of its profiler."""
+    if run.profiler and (said := run.profiler.after(run.state.step, is_end=True)):
+        run.say(said)
 
 
 def _finish_exports(run: _Run) -> None:
@@ -339,6 +354,8 @@ def _step(run: _Run) -> None:
     began = time.perf_counter()
     step = run.state.step + 1
     run.watch.mark("the step", step=step)
+    if run.profiler:
+        run.profiler.before(step)
     if step > 1 and config.data.seq_len_at(step) != config.data.seq_len_at(step - 1):
         run.say(f"step {step}: from here on rows of {config.data.seq_len_at(step)} tokens (data.stages)")
     batches = run.met(data.next_step)
@@ -365,6 +382,8 @@ def _step(run: _Run) -> None:
             run.metrics.message(f"WARNING: {remark}")
         if result.statistics is not None:
             run.metrics.log_statistics(statistics_record(step, result.statistics, result.n_drifting_rows))
+    if run.profiler and (said := run.profiler.after(step)):
+        run.say(said)
     if result.reason_to_stop:
         _stop(run, result, batches, rows, loss_scale)
 

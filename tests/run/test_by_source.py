@@ -1,5 +1,7 @@
 """Losses by source are those of the rows of each source, bits per byte those of their text, and neither costs a bit."""
 
+import gzip
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,11 @@ def test_a_run_of_two_sources(prepared: Prepared, tmp_path: Path) -> None:
     common = [sources, "engine.dtype=fp32", "train.micro_batch_size=4", "train.steps=4", "evaluate.every_steps=2"]
     kinds["seldom"] = [*kinds["whole"], "metrics.every_steps=50"]
     for name in ("whole", "shared"):
-        kinds[name] += ["evaluate.prompts=['def f(self', '']", "evaluate.prompt_tokens=12"]
+        kinds[name] += [
+            "evaluate.prompts=['def f(self', '']",
+            "evaluate.prompt_tokens=12",
+            "metrics.profile_steps=[3, 3]",
+        ]
     configs = {name: tiny_config(prepared, tmp_path / name, *common, *own) for name, own in kinds.items()}
     run_on_ranks(2, train_all, list(configs.values()))
     often, seldom = (state_hashes(tmp_path / name, 4) for name in ("whole", "seldom"))
@@ -113,6 +119,10 @@ def test_a_run_of_two_sources(prepared: Prepared, tmp_path: Path) -> None:
         of_losses = [record for record in records if isinstance(record, (StepRecord, ValidationRecord))]
         assert len(of_losses) == 6
         check_samples(records, tmp_path / name, configs[name])
+        (trace,) = (tmp_path / name / "profile").iterdir()  # of one rank
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        n_embeddings = sum(event["name"] == "aten::embedding" for event in events)
+        assert (trace.name, n_embeddings) == ("steps_3_3.json.gz", 4 if name == "shared" else 2)
         for record in of_losses:
             assert record.sources.keys() == folders.keys()
             n = sum(source.n_tokens for source in record.sources.values())
