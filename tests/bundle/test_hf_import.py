@@ -17,9 +17,9 @@ from megakexue.bundle.hf_import import Folder, open_source, resolved, weights
 from megakexue.config import UserError
 from megakexue.core.decoder import Decoder
 from tests.conftest import Prepared
+from tests.environments import python_with_transformers5
 from tests.helpers import ROOT, positions_of
 from tests.hf import MODELS, MODELS_5, random_ids, save_model, write_gguf
-from tests.transformers5 import python_with_transformers5
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def check_weights(source: Folder, state: dict[str, Tensor], factor: float) -> No
 @pytest.mark.slow
 def test_models_of_transformers_5(prepared: Prepared, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Saved by 5.x: imported, compared and exported there by our programs, and imported here."""
-    python = python_with_transformers5(request.config.cache.mkdir("transformers5"))  # type: ignore[union-attr]
+    python = python_with_transformers5(request.config)
     command = [str(python), "-m", "tests.bundle.models5", str(tmp_path), str(prepared.tokenizer)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr

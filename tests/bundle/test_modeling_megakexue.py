@@ -29,7 +29,7 @@ from tests.bundle.exporting import (
     random_tokens,
 )
 from tests.conftest import Prepared
-from tests.transformers5 import python_with_transformers5
+from tests.environments import python_with_transformers5
 
 OURS = ["deepnorm, log n", "mla, deepnorm, log n", "mla, wide values, tied", "partly rotated"]
 USED = [*OURS, "llama, scales", "llama, yarn", "deepseek"]
@@ -148,7 +148,7 @@ def test_it_runs_alone(
 ) -> None:
     python = Path(sys.executable)
     if generation == 5:
-        python = python_with_transformers5(request.config.cache.mkdir("transformers5"))  # type: ignore[union-attr]
+        python = python_with_transformers5(request.config)
     loaded = loaded_by(python, exports, tmp_path)
     for name, (bundle, folder) in exports.items():
         found, ours = loaded[str(folder)], load_decoder(bundle)
