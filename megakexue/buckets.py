@@ -9,18 +9,19 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megakexue.config import UserError, require
+from megakexue.files import temporary_folder
 
 N_ATTEMPTS = 3
 """To copy a file."""
 TIMEOUT_S = 60.0
 """Of a download, as streaming's clients understand it: between two answers."""
-SCHEMES = ("s3", "gs", "oci", "azure", "azure-dl")
-"""Where streaming both reads and writes plain folders."""
-_ABSENT = ("404", "not found", "no such", "nosuchkey", "403", "forbidden")
-"""In errors of files that are not there; the last two are said to those who may not list the bucket."""
+SCHEMES = ("s3", "gs", "oci")
+"""Where streaming reads and writes the same plain folders; its two halves do not agree on what azure:// names."""
+_ABSENT = {404, "404", "NoSuchKey", "NotFound"}
+"""Codes in errors of files that are not there."""
 
 log = logging.getLogger("megakexue")
 
@@ -63,24 +64,42 @@ def fetch(path: str, target: Path, *, may_be_absent: bool = False) -> bool:
     return True
 
 
+def check_writable(path: str) -> None:
+    """Refuse a bucket that is not there, or that may not be used. Raises UserError."""
+    with temporary_folder() as folder:
+        _uploader(folder, path)
+
+
 def upload(folder: Path, names: Collection[str], path: str) -> None:
     """Copy files of a folder, in this order. A file that is there is replaced.
 
     Raises:
         UserError: one cannot be written.
     """
-    from streaming.base.storage import CloudUploader
-
-    logging.getLogger("streaming").setLevel(logging.ERROR)  # it warns that the folder is not empty
-    path = path.rstrip("/")
-    uploader = _attempt(path, "write to", lambda: CloudUploader.get((str(folder), path), keep_local=True, retry=1,
-                                                                    exist_ok=True))  # fmt: skip
+    uploader, path = _uploader(folder, path), path.rstrip("/")
     for name in names:
         _attempt(f"{path}/{name}", "write", lambda name=name: uploader.upload_file(name))  # type: ignore[misc]
 
 
+def _uploader(folder: Path, path: str) -> Any:
+    from streaming.base.storage import CloudUploader
+
+    logging.getLogger("streaming").setLevel(logging.ERROR)  # it warns that the folder is not empty
+    places = str(folder), path.rstrip("/")
+    return _attempt(path, "write to", lambda: CloudUploader.get(places, keep_local=True, retry=1, exist_ok=True))
+
+
 class _Absent(UserError):
     """There is no such file."""
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether an error says that there is no such file. Its text does not count, since it has the path in it."""
+    response = getattr(error, "response", None)
+    own = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    codes = {own, *(getattr(error, name, None) for name in ("status", "code"))}
+    # streaming says so of a file of S3 too that must not be read
+    return isinstance(error, FileNotFoundError) or not codes.isdisjoint(_ABSENT)
 
 
 def _attempt(path: str, what: str, action: Callable[[], T]) -> T:
@@ -92,7 +111,7 @@ def _attempt(path: str, what: str, action: Callable[[], T]) -> T:
             return action()
         except Exception as error:  # each kind of storage raises its own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            if isinstance(error, FileNotFoundError) or any(text in reason.lower() for text in _ABSENT):
+            if _is_absent(error):
                 raise _Absent(f"cannot {what} {path}: {reason}: check the path and the access rights") from error
             log.warning("cannot %s %s: attempt %d of %d: %s", what, path, attempt + 1, N_ATTEMPTS, reason)
     raise UserError(

@@ -89,7 +89,10 @@ def test_what_cannot_be_copied_is_said(bucket: Bucket, tmp_path: Path, waits: li
         buckets.fetch("s3://bucket/a", tmp_path / "a", may_be_absent=True)
     assert waits == [0, 1, 3] and not (tmp_path / "a").exists()
     assert not buckets.fetch("s3://bucket/b", tmp_path / "b", may_be_absent=True)
-    for path in ("https://host/x", "hf://datasets/a/b", "s3://", "s3:///"):
+    bucket.fail["step_00040400/a"] = 10**6  # an error whose text has 404 in the path
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/step_00040400/a in 3 attempts: "):
+        buckets.fetch("s3://bucket/step_00040400/a", tmp_path / "a", may_be_absent=True)
+    for path in ("https://host/x", "hf://datasets/a/b", "s3://", "s3:///", "azure://box/a"):
         with pytest.raises(UserError, match=r" is no bucket that can be read and written: name a folder of one, such"):
             buckets.check_scheme(path)
     buckets.check_scheme("gs://bucket/models")

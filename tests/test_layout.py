@@ -24,7 +24,7 @@ FOLDERS = {
 }
 """What each folder may import beside itself: modules of the top, and folders."""
 LEVELS = {
-    "": [{"config"}, {"files", "hosts", "buckets"}, {"facts", "launcher"}, {"dist", "doctor"}],
+    "": [{"config"}, {"files", "hosts"}, {"buckets", "facts", "launcher"}, {"dist", "doctor"}],
     "text": [
         {"tokenizer", "inputs", "duplicates", "pack", "shards", "progress"},
         {"ledger", "tokenizer_json"},
@@ -242,6 +242,7 @@ def test_documents_link_to_files_that_exist() -> None:
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+            assert not (path.parent.name == "docs" and target.startswith("..")), f"{path.name}: {target} is on no site"
 
 
 def test_programs_are_executable_and_explain_themselves() -> None:

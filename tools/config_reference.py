@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 from megakexue import config
 from megakexue.config import run_program
@@ -34,8 +33,17 @@ launch/train.py configs/tiny_gqa.yaml optim.lr=1e-2 'data.sources=[{path: data/w
 ([articles.md](articles.md)). `tools/describe.py CONFIG key=value ...` shows what a config comes to, with every number
 that was chosen for you.
 """
-ARTICLE = re.compile(r"\b((?:[5-9]|1[01])\d{3})\b(?=[^()]*\))")
-"""A number in brackets that is an article; 2048 and years are none."""
+ARTICLE = re.compile(r"(?<=[(,] |.[(])((?:[5-9]|1[01])\d{3})(?=[,)])")
+"""A number that stands alone in brackets, or between commas there, is an article."""
+TREE = ast.parse(Path(config.__file__).read_text())
+NAMED = {
+    node.targets[0].id: ast.unparse(node.value)
+    for node in TREE.body
+    if isinstance(node, ast.Assign)
+    and isinstance(node.targets[0], ast.Name)
+    and ast.unparse(node.value).startswith("Literal[")
+} | {"Place": "path"}
+"""Types that have a name in config.py."""
 ITEM = re.compile(r"^(\w+)(?: \(\w+ only\))?: ")
 """How a line begins that explains a value of a choice."""
 
@@ -51,11 +59,10 @@ class Key:
     text: str
 
 
-def literal_choices(annotation: ast.expr) -> str:
-    """Return a type in words: Literal["a", "b"] is `a`, `b`."""
-    source = ast.unparse(annotation)
-    source = re.sub(r"Literal\[(.*?)\]", lambda found: found.group(1).replace("'", "").replace(", ", " | "), source)
-    return source.replace("Recompute", " | ".join(get_args(config.Recompute))).replace("Place", "path")
+def type_in_words(annotation: ast.expr) -> str:
+    """Return a type: Literal["a", "b"], also by its name in config.py, is a | b."""
+    source = re.sub(r"\b[A-Z]\w+\b", lambda name: NAMED.get(name.group(), name.group()), ast.unparse(annotation))
+    return re.sub(r"Literal\[(.*?)\]", lambda found: found.group(1).replace("'", "").replace(", ", " | "), source)
 
 
 def default_of(value: ast.expr | None) -> str | None:
@@ -77,7 +84,7 @@ def keys_of(node: ast.ClassDef) -> Iterator[Key]:
             continue
         has_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         text = str(after.value.value) if has_text else ""  # type: ignore[attr-defined]
-        yield Key(field.target.id, literal_choices(field.annotation), default_of(field.value), text)
+        yield Key(field.target.id, type_in_words(field.annotation), default_of(field.value), text)
 
 
 def paragraphs(text: str) -> str:
@@ -123,8 +130,7 @@ def section(path: str, node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> 
 
 def reference() -> str:
     """Return the page."""
-    tree = ast.parse(Path(config.__file__).read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDef)}
     lines = [INTRODUCTION]
     for key in keys_of(classes["Config"]):
         lines += section(key.name, classes[key.type], classes)

@@ -85,7 +85,10 @@ def as_depths(text: str) -> list[float]:
 
 
 def as_names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise argparse.ArgumentTypeError("name a task at least")
+    return names
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -195,7 +198,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.bundles, args.data = (args.paths, None) if args.tasks else (args.paths[:-1], args.paths[-1])
     require(bool(args.bundles), f"{args.data}: name a bundle and then prepared data, or a bundle and --tasks")
     for bundle in args.bundles:
-        require(bundle.is_dir(), f"no bundle {bundle}: make one with tools/export_model.py")
+        require(bundle.is_dir(), f"no bundle {bundle}: make one with tools/export_model.py or tools/import_hf.py")
     require(not args.data or args.data.is_dir(), f"no folder {args.data}: make one with tools/prepare_data.py")
     require(not args.include or args.include.is_dir(), f"--include {args.include}: no such folder")
     args.split = args.split or "valid"

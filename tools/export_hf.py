@@ -20,7 +20,7 @@ Before OUT appears, transformers loads it, and its logits on real text are compa
 the cache and without; if they differ, nothing is left. This takes the memory of two models in float32 (--no-check
 leaves it out). docs/interop.md says what the tokenizer does, and what is known of serving engines.
 
-OUT may be in a bucket (s3://, gs://, oci://, azure://), with the credentials that remote data takes. The folder is made
+OUT may be in a bucket (s3://, gs://, oci://), with the credentials that remote data takes. The folder is made
 under TMPDIR first. config.json is copied last: a folder that has none is not whole.
 
 examples:
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a bundle, or a run (its fp32 masters)")
+    parser.add_argument("source", metavar="SOURCE", help="a bundle, or a run (its fp32 masters)")
     parser.add_argument("out", metavar="OUT", help="folder to write, local or in a bucket")
     parser.add_argument("--step", type=as_integer, help="of a run's checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)")
@@ -55,6 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     for option, value in (("--text", args.text), ("--device", args.device)):
         require(not (args.no_check and value), f"{option} has no effect with --no-check: drop one of them")
+    require("://" not in args.source, f"{args.source} is in a bucket: copy the bundle to this machine first")
+    args.source = Path(args.source)
     require(args.source.is_dir(), f"no folder {args.source}: name a bundle or a run")
     if buckets.is_remote(args.out):
         buckets.check_scheme(args.out)
@@ -87,6 +89,7 @@ def main() -> None:
             out = stack.enter_context(temporary_folder()) / args.out.rstrip("/").rpartition("/")[2]
             is_there = buckets.fetch(f"{args.out.rstrip('/')}/config.json", out.parent / "there", may_be_absent=True)
             require(not is_there, f"{args.out} has a config.json: choose another name, or remove it")
+            buckets.check_writable(args.out)  # before the minutes that the export takes
         kind, reasons, found = export_hf(
             source, out, dtype=args.dtype, shard_bytes=round(args.shard_size * 2**30), licence=args.license, text=text,
             check=not args.no_check, device=None if args.no_check else find_device(args.device),

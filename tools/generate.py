@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     require(0 < args.top_p <= 1, f"--top-p {args.top_p} must be above 0 and at most 1")
     require(0 < args.n_samples <= 65536, f"--n-samples {args.n_samples} must be between 1 and 65536")
     require(0 <= args.seed <= 2**62, f"--seed {args.seed} must be between 0 and 2^62")
-    require(args.bundle.is_dir(), f"no bundle {args.bundle}: make one with tools/export_model.py")
+    require(args.bundle.is_dir(), f"no bundle {args.bundle}: make one with tools/export_model.py or tools/import_hf.py")
     return args
 
 

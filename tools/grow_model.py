@@ -227,7 +227,10 @@ def imported(path: Path, out: Path) -> Iterator[Path]:
     try:
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-            raise UserError(f"tools/import_hf.py {path}: {lines[-1].removeprefix('error: ')}")
+            raise UserError(
+                f"tools/import_hf.py {path}: {lines[-1].removeprefix('error: ')}. With other options, import it first, "
+                "and grow the bundle"
+            )
         print(done.stdout.splitlines()[0], flush=True)
         yield bundle
     finally:

@@ -35,7 +35,7 @@ At the end both models compute the float32 logits of the same text, transformers
 cache; where they differ, nothing is left. This needs transformers (for MiniCPM3 version 5), and memory for both;
 --no-check leaves it out.
 
-SOURCE may be in a bucket (s3://, gs://, oci://, azure://), with the credentials that remote data takes. Its files are
+SOURCE may be in a bucket (s3://, gs://, oci://), with the credentials that remote data takes. Its files are
 copied to TMPDIR first.
 
 The bundle trains, grows, generates and evaluates as any other. Its config.yaml has the model section for your config.

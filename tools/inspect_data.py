@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megakexue import buckets
 from megakexue.config import DataConfig, SourceConfig, as_integer, require, run_program
 from megakexue.files import read_json
 from megakexue.run.rows import Rows
@@ -127,7 +128,7 @@ class Folder:
     """One folder of prepared data, open for reading."""
 
     def __init__(self, path: str, split: str, cache: Path) -> None:
-        require("://" not in path, f"{path} is in a bucket: name a local folder, such as a copy of it")
+        require(not buckets.is_remote(path), f"{path} is in a bucket: name a local folder, such as a copy of it")
         self.path, self.manifest = path, read_manifest(path)
         tokenizer = find_tokenizer(Path(path))
         config = DataConfig(sources=[SourceConfig(path=path)], tokenizer=f"{tokenizer}", seq_len=self.manifest.seq_len)
@@ -222,9 +223,7 @@ def described(folder: Folder, found: Found, args: argparse.Namespace) -> Iterato
 
 def shown(folder: Folder, args: argparse.Namespace) -> Iterator[str]:
     """Yield some rows as text, a line for each document."""
-    n_rows = folder.source.n_rows
-    require(0 <= args.row < n_rows, f"--row {args.row}: {folder.path} has the rows 0 to {n_rows - 1}")
-    for row in range(args.row, min(args.row + args.show, n_rows)):
+    for row in range(args.row, min(args.row + args.show, folder.source.n_rows)):
         parts = folder.parts(row)
         n = sum(len(part.tokens) for part in parts)
         yield f"\n{folder.rows.locate(row)} (row {row:,}): {n:,} tokens, {folder.manifest.seq_len + 1 - n:,} padding"
@@ -237,9 +236,14 @@ def shown(folder: Folder, args: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     args = parse_arguments()
-    require(args.show >= 0 and args.n_rows >= 1, "--show must not be negative, and --n-rows must be positive")
+    for name, lowest in (("row", 0), ("show", 0), ("near_empty", 0), ("n_rows", 1)):
+        value = getattr(args, name)
+        require(value >= lowest, f"--{name.replace('_', '-')} {value} must be at least {lowest}")
     with tempfile.TemporaryDirectory(prefix="inspect_data_") as cache:
         folders = [Folder(path, args.split, Path(cache)) for path in args.data]
+        for folder in folders:
+            n_rows = folder.source.n_rows
+            require(args.row < n_rows, f"--row {args.row}: {folder.path} has the rows 0 to {n_rows - 1}")
         sys.stdout.write(overview(folders, args.split) + "\n")
         seen: dict[bytes, str] = {}
         for folder in folders:

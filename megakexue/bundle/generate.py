@@ -108,13 +108,13 @@ def _draw(
 @torch.no_grad()
 def generate(
     model: Decoder, prompts: Sequence[list[int]], *, n_tokens: int, stop_id: int | None, vocab_size: int | None = None,
-    temperature: float = 0.8, top_p: float = 0.95, seed: int = 0, caches: list[Cache] | None = None,
+    temperature: float = 0.8, top_p: float = 0.95, seed: int | Sequence[int] = 0, caches: list[Cache] | None = None,
 ) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield up to `n_tokens` times the next token of every prompt, or None for a prompt that has ended.
 
     Args:
-        prompts: token ids, each beginning with BOS. Row i draws with seed + i, as it would alone with that seed. In
-            half precision the rounding of the logits depends on the batch, so texts may differ.
+        prompts: token ids, each beginning with BOS. Row i draws with seed + i, or with seed[i], as it would alone with
+            that seed. In half precision the rounding of the logits depends on the batch, so texts may differ.
         stop_id: the token that ends a text and is not yielded. None: no token does.
         vocab_size: of the tokenizer; ids from there on are never chosen. None: the model's.
         caches: empty ones, one for each layer, for a caller that reads them afterwards.
@@ -126,7 +126,8 @@ def generate(
     require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
     assert prompts and all(prompts), "there is a prompt, and each has at least its BOS"
     device = model.embedding.weight.device
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(own) for own in seeds]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     caches = caches or [Cache() for _ in model.blocks]

@@ -22,6 +22,7 @@ as soon as its batch is done; a cache of another model is refused.
 import difflib
 import hashlib
 import json
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,9 +66,9 @@ class BundleLM(TemplateLM):
     """A bundle for the harness. The arguments are the `--model_args` of its program."""
 
     def __init__(
-        self, bundle: str | Bundle, *, device: str | None = None, dtype: str = "fp32", backend: str = "auto",
-        batch_tokens: int = BATCH_TOKENS, max_length: int | None = None, add_bos_token: bool = True,
-        batch_size: int | str = 1, max_batch_size: int | None = None,
+        self, bundle: str | Bundle | None = None, *, device: str | None = None, dtype: str = "fp32",
+        backend: str = "auto", batch_tokens: int = BATCH_TOKENS, max_length: int | None = None,
+        add_bos_token: bool = True, batch_size: int | str = 1, max_batch_size: int | None = None, **unknown: Any,
     ) -> None:  # fmt: skip
         """Load the model.
 
@@ -83,6 +84,12 @@ class BundleLM(TemplateLM):
             UserError: there is no such bundle, device, dtype or backend, or a number is out of range.
         """
         super().__init__()
+        require(not unknown, f"--model_args: {', '.join(unknown)} is no argument of ours: drop it")
+        if bundle is None:
+            raise UserError("--model_args lacks the bundle: write bundle=PATH")
+        for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+            is_size = value is None or (isinstance(value, int) and value > 0)
+            require(is_size, f"{name}={value} must be a positive whole number")
         opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         require(dtype in DTYPES, f"dtype={dtype} must be one of {', '.join(DTYPES)}")
         require(
@@ -93,8 +100,6 @@ class BundleLM(TemplateLM):
             device = None  # the harness says cuda:0 where nobody has said anything
         self.config, self.tokenizer = opened.config, opened.load_tokenizer()
         self.max_length = self.config.rope.context if max_length is None else max_length
-        require(self.max_length > 0, f"max_length={max_length} must be positive")
-        require(batch_tokens > 0, f"batch_tokens={batch_tokens} must be positive")
         self.batch_tokens, self.add_bos_token = batch_tokens, add_bos_token
         self._device = find_device(device)
         widths = self.config.head_width, self.config.value_width
@@ -219,6 +224,7 @@ class BundleLM(TemplateLM):
         for i, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(i)
         texts: dict[int, str] = {}
+        seeds = _seeds([request.args[0] for request in requests])
         bar = tqdm(total=len(requests), desc="generation", disable=disable_tqdm or None)  # None: on a terminal
         for indices in alike.values():
             options = normalize_gen_kwargs(requests[indices[0]].args[1], NEW_TOKENS)
@@ -232,8 +238,9 @@ class BundleLM(TemplateLM):
             drawn = _how_to_draw(options)
             prompts = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in indices]
             for batch in batches([len(prompt) + n_new for prompt in prompts], self.batch_tokens):
-                # texts of sampling depend on the place of the request, and not on the batch
-                found = self._continue([prompts[k] for k in batch], n_new, until, seed=len(texts), **drawn)
+                # texts of sampling depend on the request, and not on the batch or on what was in the cache
+                own = [seeds[indices[k]] for k in batch]
+                found = self._continue([prompts[k] for k in batch], n_new, until, seed=own, **drawn)
                 for k, text in zip(batch, found):
                     texts[indices[k]] = text
                     self.cache_hook.add_partial("generate_until", requests[indices[k]].args, text)
@@ -269,6 +276,16 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         n = max(1, batch_tokens // lengths[order[at]])
         yield order[at : at + n]
         at += n
+
+
+def _seeds(prompts: list[str]) -> list[int]:
+    """Return a seed for each text: by its prompt, and by how often the prompt came before."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        seeds.append(zlib.crc32(f"{seen[prompt]} {prompt}".encode()))
+        seen[prompt] += 1
+    return seeds
 
 
 def _how_to_draw(options: dict[str, Any]) -> dict[str, float]:
@@ -310,6 +327,8 @@ def load_tasks(names: list[str], folders: list[Path]) -> list[Any]:
         loaded = manager.load(found)
     except Exception as error:  # of the task's own code, of the packages for data, or of the network
         advice = ": without a network, take tasks whose data is here" if isinstance(error, ConnectionError) else ""
+        if isinstance(error, FileNotFoundError):
+            advice = f": a task's data_files count from the folder of the command, which is {Path.cwd()}"
         raise UserError(f"the data of {', '.join(found)} cannot be loaded: {_one_line(error)}{advice}") from error
     groups = [group for name, group in loaded.get("groups", {}).items() if name in found]
     inner = {task.task_name for group in groups for task in group.get_all_tasks()}

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megakexue.config import ModelConfig, build, require
+from megakexue.config import BOUND, ModelConfig, build, require
 
 SIZES = {
     "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layers",
@@ -136,7 +136,6 @@ def read_config(values: dict[str, Any], where: str) -> Imported:
     }  # fmt: skip
     if "kv_lora_rank" in family.given:
         model["mla"] = _latents(values, where)
-        require(isinstance(eps, int | float) and eps > 0, f"{where}: rms_norm_eps={eps} must be a positive number")
         # norms of latents have this eps in their classes, whatever config.json says; norm(x, eps) is norm(c x, eps c^2)
         shrunk = math.sqrt(LATENT_EPS / eps)
         branch *= shrunk
@@ -154,8 +153,8 @@ def read_config(values: dict[str, Any], where: str) -> Imported:
 def _multipliers(values: dict[str, Any], numbers: dict[str, Any], where: str) -> tuple[float, float, float]:
     """Return what multiplies embeddings, residual branches and logits, by the keys of Granite or of MiniCPM3."""
     if "scale_emb" in numbers:
-        branch = numbers["scale_depth"] / math.sqrt(max(1, values["num_hidden_layers"]))
-        return numbers["scale_emb"], branch, numbers["dim_model_base"] / max(1, values["hidden_size"])
+        branch = numbers["scale_depth"] / math.sqrt(values["num_hidden_layers"])
+        return numbers["scale_emb"], branch, numbers["dim_model_base"] / values["hidden_size"]
     scaling = numbers.get("logits_scaling", 1.0)
     require(scaling != 0, f"{where}: logits_scaling=0 must not be 0")
     return numbers.get("embedding_multiplier", 1.0), numbers.get("residual_multiplier", 1.0), 1 / scaling
@@ -185,7 +184,14 @@ def _short(value: Any) -> str:
 
 
 def _check_numbers(values: dict[str, Any], numbers: dict[str, Any], where: str) -> None:
-    """Refuse what reaches beyond plain, dense attention."""
+    """Refuse sizes and multipliers that are none, and what reaches beyond plain, dense attention."""
+    for key in SIZES:
+        is_size = isinstance(values[key], int) and 0 < values[key] < BOUND
+        require(is_size, f"{where}: {key}={_short(values[key])} must be a positive whole number")
+    for key in ("scale_emb", "scale_depth", "dim_model_base", "rms_norm_eps"):
+        value = numbers.get(key, values.get(key, 1.0))
+        is_factor = isinstance(value, int | float) and 0 < value < BOUND
+        require(is_factor, f"{where}: {key}={_short(value)} must be a positive number")
     context, n_layers = values["max_position_embeddings"], values["num_hidden_layers"]
     require(
         isinstance(context, int) and isinstance(n_layers, int),

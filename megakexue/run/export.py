@@ -61,7 +61,7 @@ class RunCheckpoint:
         UserError: no such run or step, or a damaged checkpoint.
     """
 
-    def __init__(self, run: Path, step: int | None = None, *, check_hashes: bool = True) -> None:
+    def __init__(self, run: Path, step: int | None = None) -> None:
         self.tokenizer = find_tokenizer(run)
         for path in (run / "config.yaml", self.tokenizer):
             require(path.is_file(), f"{run} is no run folder: it has no {path.name}")
@@ -73,7 +73,7 @@ class RunCheckpoint:
             folders = [folders[steps.index(step)]]
         folder = folders[0]
         try:
-            verify(folder, checkpoint.FORMAT, check_hashes=check_hashes)
+            verify(folder, checkpoint.FORMAT)
         except UserError as error:
             raise UserError(f"{error}; or export an earlier checkpoint with --step") from error
         state = TrainerState.read(folder)

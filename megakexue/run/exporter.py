@@ -181,7 +181,7 @@ def main() -> None:
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     from megakexue.bundle.hf_export import export_hf
 
-    model = RunCheckpoint(run, step, check_hashes=False)  # it was hashed when it was written
+    model = RunCheckpoint(run, step)
     n = n_parameters(model.config)
     checkpoint = sum(path.stat().st_size for path in (run / "checkpoints" / f"step_{step:08d}").iterdir())
     (run / "exports").mkdir(exist_ok=True)

@@ -295,8 +295,8 @@ def _finish_exports(run: _Run) -> None:
     if run.config.checkpoint.export is None:
         return
     is_said = False
+    run.watch.mark("waiting for an export")  # once, so that one without an end is named after engine.stall_s
     while True:
-        run.watch.mark("waiting for an export")
         is_done = run.exporter is None or run.exporter.tend(run.saves.saved)
         if run.preemption.meet(flag=is_done):
             return

@@ -390,14 +390,16 @@ def test_mistakes(bundles: dict[str, Bundle], tmp_path: Path) -> None:
             getattr(lm, kind)([Instance(kind, {}, arguments, 0)])  # type: ignore[arg-type]
 
 
-def test_sampling_depends_on_the_seed_of_the_place(bundles: dict[str, Bundle]) -> None:
+def test_sampling_depends_on_the_request_alone(bundles: dict[str, Bundle]) -> None:
     from lm_eval.api.instance import Instance
 
     options = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
-    given = [Instance("generate_until", {}, ("import ", options), i) for i in range(4)]
+    prompts = ["import ", "def ", "import ", "import "]
+    given = [Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts]
     texts = open_lm(bundles["llama"]).generate_until(given)
-    assert len(set(texts)) > 1
+    assert len({texts[i] for i in (0, 2, 3)}) > 1
     assert open_lm(bundles["llama"], batch_tokens=1).generate_until(given) == texts
+    assert open_lm(bundles["llama"]).generate_until([given[i] for i in (0, 2, 3)]) == [texts[i] for i in (0, 2, 3)]
 
 
 def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -435,6 +437,7 @@ def test_mistakes_of_the_program(
         ([folder, "--tasks", "x", "--split", "valid"], "--split has an effect only without --tasks: drop it"),
         ([folder, prepared.data, "--tasks", "x"], f"{prepared.data} is no bundle: make one with tools/export_model.py"),
         ([folder, prepared.data, "--limit", 3], "--limit has an effect only with --tasks: drop it"),
+        ([folder, prepared.data, "--tasks", ","], "argument --tasks: name a task at least"),
         ([folder], f"{folder}: name a bundle and then prepared data, or a bundle and --tasks"),
     ]
     for arguments, message in cases:

@@ -434,7 +434,8 @@ def test_mistakes_in_the_arguments_are_told_before_torch_is_imported(bundle: Bun
     results = run_without_torch(PROGRAM, [*command_lines, [str(tmp_path / "none"), "--prompt", ""]])
     for (code, stdout, stderr), (_, message) in zip(results[:-1], cases, strict=True):
         assert (code, stdout) == (2, "") and message in stderr, stderr
-    assert results[-1] == (2, "", f"error: no bundle {tmp_path}/none: make one with tools/export_model.py\n")
+    makers = "tools/export_model.py or tools/import_hf.py"
+    assert results[-1] == (2, "", f"error: no bundle {tmp_path}/none: make one with {makers}\n")
 
 
 @pytest.mark.slow

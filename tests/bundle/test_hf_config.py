@@ -148,9 +148,12 @@ REFUSED: dict[str, dict[str, Any]] = {
     "longrope_factors has 4 numbers, and RoPE rotates 2 pairs": DEEPSEEK | dict(rope_scaling=LONG),
     "rope.longrope_factors=4 must be a list": dict(rope_scaling=LONG | dict(short_factor=4)),
     "config.json has no scale_depth": dict(MINICPM3, scale_depth=...),
+    "scale_depth=0 must be a positive number": dict(MINICPM3, scale_depth=0),
+    "hidden_size=None must be a positive whole number": dict(MINICPM3, hidden_size=None),
+    "num_hidden_layers=0 must be a positive whole number": dict(MINICPM3, num_hidden_layers=0),
     "scale_emb=None must be a number": dict(MINICPM3, scale_emb=None),
-    "config.json: d_model=x must be a whole number": dict(hidden_size="x"),
-    "num_hidden_layers=two must be whole numbers": dict(num_hidden_layers="two"),
+    "config.json: hidden_size=x must be a positive whole number": dict(hidden_size="x"),
+    "num_hidden_layers=two must be a positive whole number": dict(num_hidden_layers="two"),
 }  # fmt: skip
 
 

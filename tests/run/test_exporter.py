@@ -20,7 +20,7 @@ from megakexue.run.export import export_run
 from megakexue.run.exporter import NICENESS, Exporter, check_exportable, folder_of, free_memory
 from megakexue.run.records import ExportRecord
 from tests.conftest import Prepared
-from tests.helpers import column, outcomes, records, state_hashes, tiny_config
+from tests.helpers import column, flip_a_bit, outcomes, records, state_hashes, tiny_config
 from tests.ranks import run_on_ranks
 
 # prenorm and constant scale, as a plain Llama has them
@@ -109,7 +109,7 @@ def test_failures_are_lines_and_records(trained: Path, prepared: Prepared, tmp_p
     shutil.copytree(trained / "without", run)
     config = resolve_config(tiny_config(prepared, run, *LLAMA, "checkpoint.export=hf"))
     damaged = run / "checkpoints" / "step_00000004" / "rank_00001.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    flip_a_bit(damaged)
     shutil.copytree(run / "checkpoints" / "step_00000004", run / "checkpoints" / "step_00000003")  # of no regular step
     exporter, records, said = exporter_of(run, config)
     with exporter:
@@ -119,7 +119,7 @@ def test_failures_are_lines_and_records(trained: Path, prepared: Prepared, tmp_p
         wait(exporter, 4)
         assert exporter.tend(4)  # and is not tried again
     (record,) = records
-    assert record.step == 4 and "rank_00001.safetensors is damaged: it has" in str(record.error)
+    assert record.step == 4 and "rank_00001.safetensors is damaged: its sha256 is" in str(record.error)
     assert said == [
         f"WARNING: the export of step 4 has failed: {record.error}; training goes on. {run}/logs/export.log has more; "
         f"by hand: tools/export_hf.py {run} OUT --step 4"
