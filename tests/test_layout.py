@@ -115,7 +115,8 @@ def tracked(root: Path = ROOT) -> list[Path]:
 
 FILES = tracked()
 PYTHON = [path for path in FILES if path.suffix == ".py"]
-DOCUMENTS = [ROOT / "README.md", *(path for path in FILES if path.suffix == ".md" and path.parent == ROOT / "docs")]
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+DOCUMENTS = [*READMES, *(path for path in FILES if path.suffix == ".md" and path.parent == ROOT / "docs")]
 
 
 def below(*folders: str) -> list[Path]:
@@ -236,6 +237,11 @@ def test_every_test_file_mirrors_a_module_or_a_program() -> None:
     programs = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in [*started, *below("tools")]}
     assert tested <= set(MODULES) | programs | {"layout", "golden", "run.recovery"}
     assert set(MODULES) <= tested
+
+
+def test_the_chinese_readme_has_the_same_commands() -> None:
+    blocks = [re.findall(r"```bash\n.*?```", path.read_text("utf-8"), re.DOTALL) for path in READMES]
+    assert len(blocks[1]) == 3 and set(blocks[1]) <= set(blocks[0])
 
 
 def test_documents_link_to_files_that_exist() -> None:
