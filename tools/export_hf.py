@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     for option, value in (("--text", args.text), ("--device", args.device)):
         require(not (args.no_check and value), f"{option} has no effect with --no-check: drop one of them")
-    require("://" not in args.source, f"{args.source} is in a bucket: copy the bundle to this machine first")
+    require(not buckets.is_remote(args.source), f"{args.source} is in a bucket: copy the bundle to this machine first")
     args.source = Path(args.source)
     require(args.source.is_dir(), f"no folder {args.source}: name a bundle or a run")
     if buckets.is_remote(args.out):

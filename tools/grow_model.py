@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakexue import __version__
+from megakexue.buckets import is_remote
 from megakexue.config import (
     DataConfig,
     ResolvedConfig,
@@ -69,7 +70,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        type=Path,
         metavar="SOURCE",
         help="a run (its fp32 masters), a bundle, a Hugging Face folder or a .gguf file",
     )
@@ -109,6 +109,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     args = parser.parse_intermixed_args()
+    require(
+        not is_remote(args.source),
+        f"{args.source} is in a bucket: import it first (tools/import_hf.py), or copy the bundle to this machine",
+    )
+    args.source = Path(args.source)
     is_gguf = args.source.is_file() and args.source.suffix == ".gguf"
     require(
         args.source.is_dir() or is_gguf,
@@ -200,15 +205,12 @@ def write(
 def foreign(path: Path) -> Iterator[tuple[ResolvedModel, Path, None]]:
     """Give the model section and the tokenizer of a Hugging Face folder or a GGUF file; it has no optimizer's state."""
     from megakexue.bundle.hf_import import Gguf, open_source, resolved
-    from megakexue.bundle.imported_tokenizer import tokenizer_of, write_gguf_tokenizer
+    from megakexue.bundle.imported_tokenizer import tokenizer_of
 
     source = open_source(path)
     with temporary_folder() as folder:
-        tokenizer = tokenizer_of(path, None)
-        if tokenizer is None:
-            assert isinstance(source, Gguf)
-            tokenizer = write_gguf_tokenizer(source.metadata, folder)
-        yield resolved(source), tokenizer, None
+        metadata = source.metadata if isinstance(source, Gguf) else None
+        yield resolved(source), tokenizer_of(path, None, metadata, folder), None
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def main() -> None:
     # seconds of imports, which a mistake in the arguments should not cost
     from megakexue.bundle.bundle import check_out, write_bundle
     from megakexue.bundle.hf_import import Gguf, open_source, resolved, weights
-    from megakexue.bundle.imported_tokenizer import tokenizer_of, write_gguf_tokenizer
+    from megakexue.bundle.imported_tokenizer import tokenizer_of
     from megakexue.core.costs import n_parameters
     from megakexue.core.device import DTYPES
     from megakexue.text.tokenizer_files import load_tokenizer
@@ -89,10 +89,8 @@ def main() -> None:
         path = fetched(args.source, folder) if buckets.is_remote(args.source) else Path(args.source)
         source = open_source(path)
         config = resolved(source)
-        tokenizer = tokenizer_of(path, args.tokenizer)
-        if tokenizer is None:
-            assert isinstance(source, Gguf)
-            tokenizer = write_gguf_tokenizer(source.metadata, folder)
+        metadata = source.metadata if isinstance(source, Gguf) else None
+        tokenizer = tokenizer_of(path, args.tokenizer, metadata, folder)
         require(
             (vocab_size := load_tokenizer(tokenizer).vocab_size) <= config.vocab_size,
             f"{tokenizer} has {vocab_size} ids, and the embedding {config.vocab_size} rows: name the tokenizer that "

@@ -2,7 +2,6 @@
 """Look at prepared data: rows as text with the borders of documents, their lengths, and which are empty or repeated."""
 
 import argparse
-import hashlib
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ from megakexue.config import DataConfig, SourceConfig, as_integer, require, run_
 from megakexue.files import read_json
 from megakexue.run.rows import Rows
 from megakexue.run.source import Source
+from megakexue.text.duplicates import digests_of
 from megakexue.text.manifest import read_manifest
+from megakexue.text.pack import marked_starts
 from megakexue.text.tokenizer import Tokenizer
 from megakexue.text.tokenizer_files import find_tokenizer, load_tokenizer
 
@@ -74,13 +75,10 @@ class Part:
 
 def parts_of(row: np.ndarray, bos_id: int, eos_id: int, pad_id: int) -> list[Part]:
     """Cut a row where documents begin, without its padding. The first part may go on with a document from before."""
-    is_start = row == bos_id
-    if bos_id == eos_id:  # of two in a row, the first ends a document and the second begins one
-        is_start[1:] &= is_start[:-1]
     n = len(row)
     while n > 1 and row[n - 1] == pad_id and (pad_id != eos_id or row[n - 2] == pad_id):
         n -= 1
-    starts = [int(i) for i in np.flatnonzero(is_start[:n])]
+    starts = [int(i) for i in np.flatnonzero(marked_starts(row[:n], bos_id, eos_id))]
     edges = sorted({0, *starts, n})
     return [
         Part(
@@ -143,12 +141,12 @@ class Folder:
         manifest = self.manifest
         return parts_of(self.rows.read(row), manifest.bos_id, manifest.eos_id, manifest.pad_id)
 
-    def measure(self, n_rows: int, near_empty: int, seen: dict[bytes, str]) -> Found:
+    def measure(self, n_rows: int, near_empty: int, seen: dict[int, str]) -> Found:
         """Read the first rows.
 
         Args:
             near_empty: documents of fewer tokens count as such.
-            seen: by the hash of a document's bytes, where it is; of this folder and of those before.
+            seen: by the digest of a document's bytes, where it is; of this folder and of those before.
         """
         found = Found(min(n_rows, self.source.n_rows))
         read = ((row, self.parts(row)) for row in range(found.n_rows))
@@ -156,7 +154,7 @@ class Folder:
             found.lengths.append(len(document))
             if len(document) < near_empty:
                 found.near_empty.append(document)
-            digest = hashlib.blake2b(self.tokenizer.decode_bytes(document.tolist()), digest_size=16).digest()
+            (digest,) = digests_of([self.tokenizer.decode_bytes(document.tolist())]).tolist()
             if digest in seen:
                 found.repeated.append((seen[digest], row, document))
             seen.setdefault(digest, f"{self.path} row {row:,}")
@@ -245,7 +243,7 @@ def main() -> None:
             n_rows = folder.source.n_rows
             require(args.row < n_rows, f"--row {args.row}: {folder.path} has the rows 0 to {n_rows - 1}")
         sys.stdout.write(overview(folders, args.split) + "\n")
-        seen: dict[bytes, str] = {}
+        seen: dict[int, str] = {}
         for folder in folders:
             found = folder.measure(args.n_rows, args.near_empty, seen)
             for line in (*described(folder, found, args), *shown(folder, args)):

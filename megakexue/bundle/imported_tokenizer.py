@@ -28,11 +28,16 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 """Types of tokens in GGUF files."""
 
 
-def tokenizer_of(path: Path, given: Path | None) -> Path | None:
-    """Return the file of the tokenizer that goes into the bundle; None: it is to be made of the GGUF file.
+def tokenizer_of(path: Path, given: Path | None, metadata: dict[str, Any] | None, made: Path) -> Path:
+    """Return the file of the tokenizer that goes into the bundle.
+
+    Args:
+        path: a Hugging Face folder or a GGUF file.
+        metadata: of the GGUF file.
+        made: the folder in which one is made of the metadata, where there is no file.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, and none can be made.
     """
     if given is not None:
         require(given.is_file(), f"--tokenizer {given}: no such file")
@@ -41,8 +46,8 @@ def tokenizer_of(path: Path, given: Path | None) -> Path | None:
     folder = path if path.is_dir() else path.parent
     found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     names = " nor ".join(TOKENIZERS)
-    require(bool(found) or path.is_file(), f"{folder} has neither {names}: name one with --tokenizer")
-    return found[0] if found else None
+    require(bool(found) or metadata is not None, f"{folder} has neither {names}: name one with --tokenizer")
+    return found[0] if found else write_gguf_tokenizer(metadata or {}, made)
 
 
 def write_gguf_tokenizer(metadata: dict[str, Any], folder: Path) -> Path:

@@ -185,18 +185,23 @@ def main() -> None:
     n = n_parameters(model.config)
     checkpoint = sum(path.stat().st_size for path in (run / "checkpoints" / f"step_{step:08d}").iterdir())
     (run / "exports").mkdir(exist_ok=True)
-    free = shutil.disk_usage(run / "exports").free
-    require(
-        free > 2 * n + checkpoint,
-        f"{run} has {free:,} bytes of room, and with the export's {2 * n:,} too few would be left for the "
-        f"{checkpoint:,} of the next checkpoint",
-    )
+    check_room(run / "exports", 2 * n, checkpoint)
     memory = free_memory()
     is_checked = CHECK_BYTES * n < memory / 2
     out = folder_of(run, step)
     kind, _, found = export_hf(model, out, check=is_checked, device=torch.device("cpu") if is_checked else None)
     why = f"not checked: that takes {CHECK_BYTES * n / 2**30:.1f} GiB, more than half of the {memory / 2**30:.1f} free"
     print(f"{kind}, {f'checked: {found}' if found else why}")
+
+
+def check_room(folder: Path, export: int, checkpoint: int) -> None:
+    """Refuse an export of so many bytes after which the next checkpoint would have no room. Raises UserError."""
+    free = shutil.disk_usage(folder).free
+    require(
+        free > export + checkpoint,
+        f"{folder} has {free:,} bytes of room, and with the export's {export:,} too few would be left for the "
+        f"{checkpoint:,} of the next checkpoint",
+    )
 
 
 def _end_with_the_run() -> None:

@@ -20,6 +20,14 @@ def row_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
+def marked_starts(tokens: np.ndarray, bos_id: int, eos_id: int) -> np.ndarray:
+    """Return where documents begin that are marked, bool of the shape (tokens,)."""
+    is_start = tokens == bos_id
+    if bos_id == eos_id:
+        is_start[1:] &= is_start[:-1]
+    return is_start
+
+
 class Concat:
     """Cut one stream of documents every seq_len tokens.
 
@@ -69,10 +77,7 @@ class BestFit:
 
     def add(self, tokens: np.ndarray) -> np.ndarray:
         """Take whole documents and return the rows of the buffer if it is full, (rows, seq_len + 1)."""
-        is_start = tokens == self.bos_id
-        if self.bos_id == self.eos_id:
-            is_start[1:] &= is_start[:-1]
-        borders = [*np.flatnonzero(is_start).tolist(), len(tokens)]
+        borders = [*np.flatnonzero(marked_starts(tokens, self.bos_id, self.eos_id)).tolist(), len(tokens)]
         for begin, end in itertools.pairwise(borders):
             place = self.documents
             while end - begin > self.row_len:

@@ -439,6 +439,7 @@ def test_mistakes_of_the_program(
         ([folder, "--tasks", "x", "--split", "valid"], "--split has an effect only without --tasks: drop it"),
         ([folder, prepared.data, "--tasks", "x"], f"{prepared.data} is no bundle: make one with tools/export_model.py"),
         ([folder, prepared.data, "--limit", 3], "--limit has an effect only with --tasks: drop it"),
+        ([folder, "--tasks", "example_sums", "--cache", ROOT / "README.md"], "the tasks cannot be run: "),
         ([folder, prepared.data, "--tasks", ","], "argument --tasks: name a task at least"),
         ([folder], f"{folder}: name a bundle and then prepared data, or a bundle and --tasks"),
     ]

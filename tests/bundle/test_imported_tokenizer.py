@@ -12,16 +12,19 @@ from megakexue.config import UserError
 
 def test_which_file_is_taken(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has neither tokenizer.json nor tokenizer.model"):
-        tokenizer_of(tmp_path, None)
-    (tmp_path / "model.gguf").touch()
-    assert tokenizer_of(tmp_path / "model.gguf", None) is None
+        tokenizer_of(tmp_path, None, None, tmp_path)
+    gguf = tmp_path / "model.gguf"
+    gguf.touch()
+    with pytest.raises(UserError, match=r"the GGUF file's tokenizer .* is not supported"):  # one is to be made
+        tokenizer_of(gguf, None, {}, tmp_path)
     for name in ("tokenizer.model", "tokenizer.json"):
         (tmp_path / name).touch()
-        assert tokenizer_of(tmp_path, None) == tokenizer_of(tmp_path / "model.gguf", None) == tmp_path / name
-    assert tokenizer_of(tmp_path, tmp_path / "tokenizer.model") == tmp_path / "tokenizer.model"
+        assert tokenizer_of(tmp_path, None, None, tmp_path) == tmp_path / name
+        assert tokenizer_of(gguf, None, {}, tmp_path) == tmp_path / name
+    assert tokenizer_of(tmp_path, tmp_path / "tokenizer.model", None, tmp_path) == tmp_path / "tokenizer.model"
     for given, message in (("model.gguf", "must be a file named"), ("nothing", "no such file")):
         with pytest.raises(UserError, match=message):
-            tokenizer_of(tmp_path, tmp_path / given)
+            tokenizer_of(tmp_path, tmp_path / given, None, tmp_path)
 
 
 def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:

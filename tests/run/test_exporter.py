@@ -17,7 +17,7 @@ from megakexue.bundle.bundle import Bundle
 from megakexue.config import ResolvedConfig, UserError
 from megakexue.core.resolve import resolve_config
 from megakexue.run.export import export_run
-from megakexue.run.exporter import NICENESS, Exporter, check_exportable, folder_of, free_memory
+from megakexue.run.exporter import NICENESS, Exporter, check_exportable, check_room, folder_of, free_memory
 from megakexue.run.records import ExportRecord
 from tests.conftest import Prepared
 from tests.helpers import column, flip_a_bit, outcomes, records, state_hashes, tiny_config
@@ -101,6 +101,12 @@ def wait(exporter: Exporter, saved: int) -> None:
     while not exporter.tend(saved):
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_the_next_checkpoint_keeps_its_room(tmp_path: Path) -> None:
+    check_room(tmp_path, 1, 1)
+    with pytest.raises(UserError, match=r"bytes of room, and with the export's 7 too few would be left for the 1,0+"):
+        check_room(tmp_path, 7, 10**18)
 
 
 @pytest.mark.slow

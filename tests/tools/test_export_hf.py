@@ -88,6 +88,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "cannot read --text nowhere.txt: .*No such file.*": [there, out, "--text", "nowhere.txt"],
         f"{there} exists: choose another name, or remove it": [there, there],
         "no folder nowhere: name a bundle or a run": ["nowhere", out],
+        "s3://b/x is in a bucket: copy the bundle to this machine first": ["s3://b/x", out],
         "https://x/y is no bucket that can be read and written: .*": [there, "https://x/y"],
     }
     for message, result in zip(mistakes, run_without_torch(TOOL, list(mistakes.values())), strict=True):

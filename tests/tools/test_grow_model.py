@@ -160,6 +160,7 @@ def test_mistakes_in_the_arguments_cost_no_imports(prepared: Prepared, tmp_path:
     cases = {
         "error: no folder nowhere: name a run, a bundle, a Hugging Face folder or a .gguf file": [
             "nowhere", "--config", config, "--out", "x"],
+        "error: s3://b/x is in a bucket: import it first": ["s3://b/x", "--config", config, "--out", "x"],
         "error: --out is missing": [str(tmp_path), "--config", config],
         "there exists: choose another name, or add --overwrite": [
             str(tmp_path), "--config", config, "--out", str(tmp_path / "there")],

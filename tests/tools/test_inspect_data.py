@@ -62,6 +62,8 @@ def test_the_program(prepared: Prepared, tmp_path: Path, packing: str) -> None:
         in said
     )
     assert "[] one text\\nof two lines, which is a little longer\n" in said
+    done = run_tool("inspect_data.py", tmp_path / "first", "--split", "valid")
+    assert done.returncode == 2 and f"{tmp_path}/first has no rows of the split valid" in done.stderr
     assert "padding" in said and "bytes/token" in said.splitlines()[1]
 
 
@@ -70,5 +72,7 @@ def test_mistakes(prepared: Prepared, tmp_path: Path) -> None:
     assert done.returncode == 2 and "--row 1000000000: " in done.stderr and "has the rows 0 to" in done.stderr
     done = run_tool("inspect_data.py", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+    done = run_tool("inspect_data.py", prepared.data, "--near-empty", -1)
+    assert done.returncode == 2 and done.stderr == "error: --near-empty -1 must be at least 0\n"
     done = run_tool("inspect_data.py", "s3://bucket/data")
     assert done.returncode == 2 and "name a local folder" in done.stderr
