@@ -36,6 +36,43 @@ def run_programs(command_lines: list[list[str]], **options: Any) -> list[tuple[i
     return [tuple(result) for result in json.loads(done.stdout)]
 
 
+FORKS = """
+import json, os, runpy, sys, tempfile, time
+import deepspeed, megakexue.run.train  # once for all
+
+results = []
+for program, *arguments in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            sys.argv = [program, *arguments]
+            try:
+                runpy.run_path(program, run_name="__main__")
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [(file.seek(0), file.read())[1] for file in (out, err)]
+    results.append((code, *texts))
+json.dump(results, sys.stdout)
+"""
+
+
+def run_forked(command_lines: list[list[str]], **options: Any) -> list[tuple[int, str, str]]:
+    """Run programs one after another, each in a process of its own; return code, stdout and stderr of each.
+
+    torch and DeepSpeed are imported once, before the processes part: a training run starts in a second.
+    """
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(command, input=json.dumps(command_lines), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return [tuple(result) for result in json.loads(done.stdout.splitlines()[-1])]
+
+
 def run_without_torch(program: Path, command_lines: list[list[str]]) -> list[tuple[int, str, str]]:
     """Return exit code, stdout and stderr of each; asserts that none of them has imported torch."""
     results = []

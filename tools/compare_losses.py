@@ -1,8 +1,12 @@
 #!/usr/bin/env python
-"""Compare the training losses of two runs, step by step.
+"""Compare the training losses of two runs, step by step, or the validation losses of a run with a recipe's curve.
 
-Exact by default: two commits on one machine, or a run that was stopped and resumed against one that was not, must
-agree in every bit. `--tolerance` is for two machines, whose kernels round differently.
+Two runs are compared exactly by default: two commits on one machine, or a run that was stopped and resumed against one
+that was not, must agree in every bit. `--tolerance` is for two machines, whose kernels round differently.
+
+With `--recipe` the question is another one: is this run as good as runs of that recipe are? Its curve has the losses of
+several seeds, and a run is on it if each validation loss is within four standard deviations of one seed's run from the
+next (megakexue/run/curves.py). A run that is not finished is compared as far as it is.
 
 The text form (a golden file) has a line a step: the step and the loss, the float written so that it reads back exactly.
 """
@@ -13,8 +17,10 @@ from pathlib import Path
 
 from megakexue.config import UserError, as_number, require, run_program
 from megakexue.files import require_new_file, write_whole
+from megakexue.run.curves import curve_of, differing, off_curve, read_curve, read_run, write_curve
 from megakexue.run.records import StepRecord, read_metrics
 
+CURVES = Path(__file__).parents[1] / "docs" / "curves"
 EPILOG = """\
 A and B are run folders, metrics.jsonl files or golden text files. Steps that only one of them has are not compared;
 the last line tells how many each has.
@@ -23,8 +29,10 @@ examples:
   tools/compare_losses.py runs/before runs/after
   tools/compare_losses.py tests/golden/tiny_gqa.txt runs/tiny_gqa --tolerance 1e-3
   tools/compare_losses.py --write-golden tests/golden/tiny_gqa.txt runs/tiny_gqa
+  tools/compare_losses.py runs/10m --recipe 10m
+  tools/compare_losses.py runs/seed_0 runs/seed_1 runs/seed_2 --write-curve docs/curves/10m.jsonl
 
-exit status: 0 equal or within the tolerance, 1 different, 2 nothing could be compared
+exit status: 0 equal, within the tolerance or on the curve; 1 different or off the curve; 2 nothing could be compared
 """
 
 
@@ -87,26 +95,66 @@ def compare(path_a: Path, path_b: Path, *, tolerance: float) -> bool:
     return not beyond
 
 
+def compare_with_recipe(run: Path, path: Path) -> bool:
+    """Print a run's validation losses beside those of a recipe; return whether it is on the recipe's curve."""
+    curve, facts = read_curve(path), read_run(run)
+    off = off_curve(curve, facts)
+    print(f"{'step':>8}{'this run':>12}{curve.recipe:>12}{'may differ':>12}")
+    n_common = 0
+    for i, point in enumerate(curve.points):
+        if point.step in facts.losses:
+            mean, width = curve.band(i)
+            mark = "   off" if point.step in off else ""
+            print(f"{point.step:>8}{facts.losses[point.step]:>12.4f}{mean:>12.4f}{width:>12.4f}{mark}")
+            n_common += 1
+    if facts.train_rows != curve.train_rows:
+        print("the training rows are not those of the recipe")
+    for line in differing(curve, facts):
+        print(f"not as in the recipe: {line}")
+    of = f"of {n_common} validations, the last at step {max(facts.losses.keys() & {p.step for p in curve.points})}"
+    seeds = f"the curve has the seeds {', '.join(map(str, curve.seeds))}"
+    print(f"OFF the curve of {curve.recipe} at {len(off)} {of}, the first at step {off[0]}: {seeds}" if off
+          else f"on the curve of {curve.recipe} at all {of}: {seeds}")  # fmt: skip
+    return not off
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Compare the training losses of two runs, step by step.",
+        description="Compare the training losses of two runs, or a run with the curve of a recipe.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="A and B; just one with --write-golden")
     parser.add_argument(
-        "--tolerance", metavar="X", type=as_number, default=0.0, help="largest |A - B| allowed (default: 0)"
+        "runs", metavar="RUN", nargs="+", type=Path,
+        help="A and B; just one with --write-golden or --recipe; three or more with --write-curve",
+    )  # fmt: skip
+    parser.add_argument("--tolerance", metavar="X", type=as_number, help="largest |A - B| allowed (default: 0)")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument(
+        "--recipe", metavar="NAME", help="compare RUN with docs/curves/NAME.jsonl, or a file of that form"
     )
-    parser.add_argument("--write-golden", metavar="FILE", type=Path, help="write the losses of RUN as text instead")
-    parser.add_argument("--overwrite", action="store_true", help="let --write-golden replace FILE")
+    forms.add_argument("--write-golden", metavar="FILE", type=Path, help="write the losses of RUN as text instead")
+    forms.add_argument("--write-curve", metavar="FILE", type=Path, help="write the curve of RUNs that differ in seeds")
+    parser.add_argument("--overwrite", action="store_true", help="let --write-golden and --write-curve replace FILE")
     arguments = parser.parse_intermixed_args()
-    require(arguments.tolerance >= 0, f"--tolerance={arguments.tolerance} must be 0 or more")
-    n_runs = 1 if arguments.write_golden else 2
-    if len(arguments.runs) != n_runs:
-        parser.error(f"{len(arguments.runs)} runs given: a comparison takes two, --write-golden one")
-    if arguments.write_golden:
-        write_golden(arguments.write_golden, arguments.runs[0], overwrite=arguments.overwrite)
-    elif not compare(*arguments.runs, tolerance=arguments.tolerance):
+    runs, tolerance = arguments.runs, arguments.tolerance or 0.0
+    require(tolerance >= 0, f"--tolerance={tolerance} must be 0 or more")
+    if arguments.write_curve:
+        require_new_file("--write-curve", arguments.write_curve, arguments.overwrite)
+        write_curve(arguments.write_curve, curve_of(arguments.write_curve.stem, runs))
+        print(f"wrote the curve of {len(runs)} runs to {arguments.write_curve}")
+        return
+    if len(runs) != (1 if arguments.write_golden or arguments.recipe else 2):
+        parser.error(f"{len(runs)} runs given: a comparison takes two, --recipe and --write-golden one")
+    if arguments.recipe is not None:
+        name = arguments.recipe
+        same = compare_with_recipe(runs[0], Path(name) if name.endswith(".jsonl") else CURVES / f"{name}.jsonl")
+    elif arguments.write_golden:
+        write_golden(arguments.write_golden, runs[0], overwrite=arguments.overwrite)
+        same = True
+    else:
+        same = compare(*runs, tolerance=tolerance)
+    if not same:
         raise SystemExit(1)
 
 

@@ -26,7 +26,7 @@ Every key of a run, its type, its default, and what it does. This page is made b
 `megakexue/config.py`. A config is a YAML file, and `key=value` arguments that go on top:
 
 ```bash
-launch/train.py configs/tiny_gqa.yaml optim.lr=1e-2 'data.sources=[{path: data/web, weight: 1}]'
+launch/train.py configs/tiny_gqa.yaml optim.lr=1e-2 'data.sources=[{path: runs/demo/data, weight: 1}]'
 ```
 
 `None` is written `null`. A number of four or five digits in brackets is an article of 科学空间

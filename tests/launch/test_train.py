@@ -1,9 +1,6 @@
 """The program that a launcher starts: which rank says what is wrong."""
 
 import os
-import re
-import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -13,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megakexue.config import read_yaml
 from megakexue.launcher import PATIENCE_S
-from tests.conftest import Prepared, stdlib_files
+from tests.conftest import Prepared
 from tests.helpers import ROOT, column, tiny_config, tiny_run, train_all
 from tests.hosts import Host, two_hosts
-from tests.programs import run_programs
 from tests.ranks import FIXED, run_on_ranks
 
 TINY = str(ROOT / "configs" / "tiny_gqa.yaml")
@@ -43,42 +38,6 @@ def test_a_mistake_is_one_line_of_the_first_rank(arguments: list[str], waits: bo
         speaks = rank % 2 == 0
         assert done.stderr.count("\n") == speaks and done.stderr.startswith("error: " * speaks)
         assert not (waits and rank == 2) or time.monotonic() - began >= PATIENCE_S
-
-
-@pytest.mark.slow
-def test_the_readmes_job_for_a_longer_context(prepared: Prepared, tmp_path: Path) -> None:
-    """Its commands as they stand, on a smaller model and text, and with fewer steps."""
-    for name in ("tools", "launch", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    demo, text = tmp_path / "runs" / "demo", tmp_path / "text"
-    small = tiny_config(prepared, demo / "run", "model.d_model=64", "model.n_heads=2", "model.n_kv_heads=1",
-                        "train.steps=4", "evaluate.every_steps=null")  # fmt: skip
-    run_on_ranks(1, train_all, [small])
-    shutil.copytree(prepared.data, demo / "data")
-    shutil.copy(prepared.tokenizer, demo)
-    for name in ("", "email", "json", "pydoc_data", "xml"):
-        (text / name).mkdir(exist_ok=True)
-        for i, path in enumerate(stdlib_files(16)):
-            content = path.read_text(encoding="utf-8")
-            (text / name / path.name).write_text(f"# {name}\n" + (content if i % 2 else content[:300]))
-    section = (ROOT / "README.md").read_text().partition("## A longer context\n")[2]
-    block = section.partition("```bash\n")[2].partition("```")[0].replace("\\\n", "")
-    _, *lines = block.replace("$text", str(text)).splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines]
-    (i,) = [i for i, command in enumerate(commands) if command[0] == "deepspeed"]
-    commands[i] = [*commands[i][commands[i].index("launch/train.py") :], "train.steps=2", "optim.warmup_steps=1",
-                   "train.global_batch_size=2", "evaluate.every_steps=null", "metrics.peak_tflops=1"]  # fmt: skip
-    at_position = [[*command, "--n-rows", "2"] if "--by-position" in command else command for command in commands]
-    done = run_programs(at_position, cwd=tmp_path, env=os.environ | FIXED | {"PYTHONPATH": str(ROOT)})
-    for command, (code, _, err, _) in zip(commands, done, strict=True):
-        assert code in (0, None), (command, err)
-    merged = read_yaml(tmp_path / "runs/long/run/config.yaml")["model"]
-    assert (merged["d_model"], merged["rope"]["trained_context"], merged["rope"]["context"]) == (64, 64, 2048)
-    assert "from" not in merged and merged["rope"]["extension"] == "base"
-    before, after = done[3], done[7]
-    assert "longer than the 64 tokens" in before[2] and "longer than" not in after[2]
-    assert re.search(r"1024-2047 .*\d", before[1]) and re.search(r"1024-2047 .*\d", after[1])
-    assert all(f" {length} " in done[-1][1].replace(",", "") for length in (256, 1024)), done[-1][1]
 
 
 # --- on two hosts ----------------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ def test_what_cannot_be_compared_exits_2(tmp_path: Path) -> None:
         ((run, bad), f"{bad}:2: '2 two' is not of the form 'step loss': write it with --write-golden, or give a run"),
         ((run, run, "--tolerance", "-1"), "--tolerance=-1.0 must be 0 or more"),
         ((run, run, "--tolerance", "nan"), "argument --tolerance: nan must be a finite number"),
-        ((run,), "1 runs given: a comparison takes two, --write-golden one"),
-        ((run, run, "--write-golden", late), "2 runs given: a comparison takes two, --write-golden one"),
+        ((run,), "1 runs given: a comparison takes two, --recipe and --write-golden one"),
+        ((run, run, "--write-golden", late), "2 runs given: a comparison takes two, --recipe and --write-golden one"),
         ((empty, "--write-golden", tmp_path / "new.txt"), f"{empty}: holds no training step"),
         ((run, "--write-golden", nowhere), f"--write-golden {nowhere}: there is no folder {nowhere.parent}"),
     ]
