@@ -23,7 +23,7 @@ import posixpath
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from decimal import Decimal
@@ -147,6 +147,12 @@ def at_most(section: Any, limit: int, *keys: str) -> None:
 def seconds(section: Any, *keys: str) -> None:
     """Require times that a timer can wait for."""
     _each(section, keys, lambda value: 0.001 <= value <= YEAR_S, f"be between 0.001 and {YEAR_S} seconds, a year")
+
+
+def name_sources(paths: list[str]) -> list[str]:
+    """Return a short name for each source: the last part of its path, or the path where two have the same."""
+    names = [Path(path).name for path in paths]
+    return [path if names.count(name) > 1 else name for name, path in zip(names, paths)]
 
 
 def multiple(section: Any, key: str, divisor_key: str, remedy: str = "") -> None:
@@ -478,14 +484,14 @@ class SourceConfig:
     """A folder written by tools/prepare_data.py. It is a local path, or s3://, gs://, ... for a copy in a bucket.
     file:// treats a mounted folder as remote: its shards are then cached on the local disk."""
     weight: float | None = None
-    """Share of the mixture, relative to the other weights. None in all sources: shares by the number of rows."""
+    """Share of the mixture, relative to the other weights. None in all sources: shares by the number of rows. With
+    weights in `data.stages` it is the weight after the last stage, and may be 0."""
+    synthetic: bool = False
+    """Whether models wrote the text. `data.max_synthetic` caps the share of such sources (9687)."""
 
     def __post_init__(self) -> None:
-        # beyond these bounds, the share of a source could not be computed
-        require(
-            self.weight is None or 1e-9 <= self.weight <= 1e9,
-            f"data.sources: weight={self.weight} must be positive, from 1e-9 to 1e9",
-        )
+        if self.weight is not None:
+            _check_weight(self.weight, "data.sources: weight")
 
     @property
     def is_remote(self) -> bool:
@@ -500,18 +506,48 @@ class SourceConfig:
         return f"{scheme}{is_remote}{posixpath.normpath(path)}"
 
 
+def _check_weight(weight: float, key: str) -> None:
+    # beyond these bounds, the share of a source could not be computed
+    require(weight == 0 or 1e-9 <= weight <= 1e9, f"{key}={weight} must be positive, from 1e-9 to 1e9, or 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """Steps that train on shorter rows."""
+    """Steps that train on shorter rows, or on another mixture of the sources."""
 
     until_step: int
     """The last of these steps. They begin after those of the stage before, or with the first."""
-    seq_len: int
-    """Tokens in a row, a divisor of data.seq_len: each row of a step is cut into rows of this length."""
+    seq_len: int | None = None
+    """Tokens in a row, a divisor of data.seq_len: each row of a step is cut into rows of this length. None:
+    data.seq_len."""
+    weights: dict[str, float] | None = None
+    """Weight of each source in these steps, by the last part of its path, such as {web: 9, code: 1}; 0 is none of it.
+    None: the weights in `data.sources`."""
 
     def __post_init__(self) -> None:
         positive(self, "data.stages.until_step")
         above_one(self, "data.stages.seq_len")
+        for name, weight in (self.weights or {}).items():
+            _check_weight(weight, f"data.stages.weights: {name}")
+        require(
+            self.seq_len is not None or self.weights is not None,
+            f"data.stages: the stage until_step={self.until_step} changes nothing: give it seq_len or weights",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Steps that take their rows from the sources in the same shares."""
+
+    until_step: int
+    """The last of them."""
+    weights: list[float] | None
+    """Of each source in the order of `data.sources`. None: shares by the number of rows."""
+
+    def shares(self, rows: Sequence[int] | None = None) -> list[float] | None:
+        """Return the share of each source. None: without weights it needs the `rows` of each."""
+        weights = rows if self.weights is None else self.weights
+        return None if weights is None else [weight / math.fsum(weights) for weight in weights]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,9 +559,13 @@ class DataConfig:
     """Tokens in a row that the model sees: the row length that tools/prepare_data.py was given, or a divisor of it, so
     that a prepared row makes several."""
     stages: list[StageConfig] = field(default_factory=list)
-    """The first steps on shorter rows, such as [{until_step: 1000, seq_len: 256}]; the steps after the last stage have
-    rows of `seq_len`. Rows are cut within a micro-batch, so each step has the same tokens in any stage. `seq_len` stays
-    the unit of batch sizes, of positions in the data and of validation, and the default of model.rope.context."""
+    """The first steps on shorter rows or other weights, such as [{until_step: 1000, seq_len: 256}, {until_step: 5000,
+    weights: {web: 9, code: 1}}]; the steps after the last stage have rows of `seq_len` and the weights of `sources`.
+    Rows are cut within a micro-batch, so each step has the same tokens in any stage. `seq_len` stays the unit of batch
+    sizes, of positions in the data and of validation, and the default of model.rope.context."""
+    max_synthetic: float | None = None
+    """Largest share of rows that the sources with `synthetic: true` may have together, in each stage (9687). A config
+    above it is refused. None: no limit."""
     shuffle: bool = True
     shuffle_seed: int = 0
     cache: Place | None = None
@@ -549,6 +589,9 @@ class DataConfig:
         above_one(self, "data.seq_len")
         at_most(self, MAX_CONTEXT, "data.seq_len")
         self._check_stages()
+        self._check_weights()
+        cap = self.max_synthetic
+        require(cap is None or 0 <= cap <= 1, f"data.max_synthetic={cap} is a share: it must be from 0 to 1")
         positive(self, "data.n_prefetch")
         not_negative(self, "data.shuffle_seed", "data.download_retries")
         at_most(self, 100, "data.download_retries")
@@ -563,14 +606,72 @@ class DataConfig:
             )
         for stage in self.stages:
             require(
-                self.seq_len % stage.seq_len == 0,
+                stage.seq_len is None or self.seq_len % stage.seq_len == 0,
                 f"data.stages.seq_len={stage.seq_len} must divide data.seq_len={self.seq_len}, the longest "
                 "rows, which are cut",
             )
 
     def seq_len_at(self, step: int) -> int:
         """Tokens in a row of a step, counted from 1."""
-        return next((stage.seq_len for stage in self.stages if step <= stage.until_step), self.seq_len)
+        return next((stage.seq_len for stage in self.stages if step <= stage.until_step), None) or self.seq_len
+
+    def _check_weights(self) -> None:
+        names = self.source_names
+        for stage in (stage for stage in self.stages if stage.weights is not None):
+            given = stage.weights or {}
+            where = f"data.stages: the weights until_step={stage.until_step}"
+            unknown = [name for name in given if name not in names]
+            require(not unknown, f"{where} name {unknown[:1]}, which is no source: data.sources has {_shown(names)}")
+            missing = [name for name in names if name not in given]
+            require(not missing, f"{where} lack {_shown(missing)}: name each source; 0 is none of it")
+            require(any(given.values()), f"{where} are all 0: give at least one source a weight")
+        for source, name in zip(self.sources, names):
+            require(
+                source.weight != 0 or any((stage.weights or {}).get(name) for stage in self.stages),
+                f"data.sources: weight={source.weight} must be positive, since no stage reads {name}: or leave it out",
+            )
+        is_read = any(source.weight != 0 for source in self.sources)
+        require(is_read, "data.sources: every weight is 0: give a source one, for the steps after the last stage")
+
+    @property
+    def source_names(self) -> list[str]:
+        """A short name for each source: the last part of its path, or the path where two have the same."""
+        return name_sources([source.path for source in self.sources])
+
+    @property
+    def mixtures(self) -> list[Mixture]:
+        """The mixtures in turn. Steps that follow one another in the same shares are one; the last has no end."""
+        names, last = self.source_names, [source.weight for source in self.sources if source.weight is not None] or None
+        ends = [*((stage.until_step, stage.weights) for stage in self.stages), (BOUND, None)]
+        of_stages = [
+            Mixture(until_step=end, weights=last if given is None else [given[name] for name in names])
+            for end, given in ends
+        ]
+        pairs = itertools.pairwise([*of_stages, None])
+        return [one for one, following in pairs if one and not (following and one.shares() == following.shares())]
+
+    def check_synthetic(self, n_steps: int, rows: Sequence[int] | None = None) -> None:
+        """Refuse a mixture of the first `n_steps` steps with more synthetic text than `max_synthetic`.
+
+        Args:
+            rows: of each source, for mixtures without weights; None: these are not checked.
+
+        Raises:
+            UserError: it names the sources, their share and the steps.
+        """
+        if self.max_synthetic is None:
+            return
+        begin = 1
+        for mixture in self.mixtures:
+            shares, end = mixture.shares(rows) or [], min(mixture.until_step, n_steps)
+            of = {n: x for n, x, s in zip(self.source_names, shares, self.sources) if s.synthetic and x}
+            require(
+                begin > n_steps or sum(of.values()) <= self.max_synthetic + 1e-9,
+                f"data.max_synthetic={self.max_synthetic}, but in steps {begin} to {end} the synthetic sources have a "
+                f"share of {sum(of.values()):.4g} ({', '.join(f'{n} {x:.4g}' for n, x in of.items())}): lower their "
+                "weights, add other text, or raise data.max_synthetic",
+            )
+            begin = end + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1019,11 +1120,13 @@ class Config:
         )
         last = self.data.stages[-1].until_step if self.data.stages else 0
         require(last <= steps, f"data.stages.until_step={last} must not be above train.steps={steps}")
+        self.data.check_synthetic(steps)
 
     def _check_sequence_ranks(self) -> None:
         size, model = self.engine.sequence_ranks, self.model
         divided = [("model.n_heads", model.n_heads), ("data.seq_len", self.data.seq_len)]
-        for key, n in [*divided, *(("data.stages.seq_len", stage.seq_len) for stage in self.data.stages)]:
+        lengths = [stage.seq_len for stage in self.data.stages if stage.seq_len is not None]
+        for key, n in [*divided, *(("data.stages.seq_len", length) for length in lengths)]:
             require(n % size == 0, f"engine.sequence_ranks={size} must divide {key}={n}")
         groups = model.n_heads if model.mla or model.n_kv_heads is None else model.n_kv_heads
         require(

@@ -33,6 +33,7 @@ from megakexue.config import (
     as_number,
     build,
     load_config,
+    name_sources,
     read_yaml,
     to_yaml,
 )
@@ -612,6 +613,10 @@ def test_values_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "link").symlink_to("data")
     with pytest.raises(UserError, match="names a folder twice"):
         load_config(TINY, [f"data.sources=[{{path: {tmp_path}/data}}, {{path: {tmp_path}/link}}]"])
+
+
+def test_names_of_sources_are_short_where_they_differ() -> None:
+    assert name_sources(["data/web", "s3://bucket/code", "a/long", "b/long"]) == ["web", "code", "a/long", "b/long"]
 
 
 def numeric_fields(section: Any, prefix: str = "") -> list[str]:

@@ -2,7 +2,6 @@
 """Say what a config is and costs before anything runs: sizes, scales, FLOPs, cache and model-state bytes."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from megakexue.config import Config, UserError, as_integer, load_config, require, run_program
@@ -32,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def check_what_exists(config: Config) -> list[str]:
-    """Check the inputs of a launch that are there, and return the paths of those that are not.
+def check_what_exists(config: Config) -> tuple[list[str], list[int] | None]:
+    """Check the inputs of a launch that are there. Return the paths of those that are not, and the rows of each source.
 
     Raises:
         UserError: one is there, and the launch would refuse it.
@@ -41,10 +40,8 @@ def check_what_exists(config: Config) -> list[str]:
     sources = [source for source in config.data.sources if source.is_remote or Path(source.path).exists()]
     missing = [source.path for source in config.data.sources if source not in sources]
     if not Path(config.data.tokenizer).exists():
-        return [*missing, config.data.tokenizer]
-    if sources:
-        check_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources)))
-    return missing
+        return [*missing, config.data.tokenizer], None
+    return missing, check_inputs(config, missing) if sources else None
 
 
 def main() -> None:
@@ -55,7 +52,7 @@ def main() -> None:
     require(n_ranks > 0, f"--ranks {n_ranks} must be positive")
     require(n_ranks % n_sharing == 0, f"--ranks {n_ranks} must be a multiple of engine.sequence_ranks={n_sharing}")
     config.train.n_micro_batches(n_ranks // n_sharing)
-    missing = check_what_exists(config)
+    missing, rows = check_what_exists(config)
 
     from megakexue.core.axes import axes, shape
     from megakexue.core.costs import parameter_counts
@@ -67,7 +64,7 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"{args.config}: {error}") from error
     model = resolved.model
-    print(describe(config, resolved, n_ranks))
+    print(describe(config, resolved, n_ranks, rows=rows))
     print(describe_heads(model))
     if missing:
         print(f"WARNING: a launch needs these, which do not exist yet: {', '.join(missing)}")

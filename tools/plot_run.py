@@ -15,7 +15,7 @@ import numpy as np
 from megakexue.config import Status, UserError, require, run_program
 from megakexue.files import require_new_file, write_whole
 from megakexue.run.metrics import human_count
-from megakexue.run.records import StepRecord, ValidationRecord, read_metrics
+from megakexue.run.records import ReadRecord, StepRecord, ValidationRecord, read_lines, read_metrics
 
 EPILOG = """\
 examples:
@@ -44,6 +44,7 @@ class Run:
         self.name = (path if path.is_dir() else path.parent).resolve().name
         self.train = [record for record in records if isinstance(record, StepRecord)]
         self.valid = [record for record in records if isinstance(record, ValidationRecord)]
+        self.read = [record for record in records if isinstance(record, ReadRecord)]
         require(
             any(math.isfinite(record.loss) for record in self.train), f"{path}: no training step with a finite loss"
         )
@@ -208,6 +209,8 @@ def report(run: Run, baselines: dict[str, float]) -> None:
         print(f"{'baseline':<12}{name} {value:.4f}: the last {which} loss is {abs(value - against):.4f} {side} it")
     rate = statistics.median(record.tokens_per_s for record in run.train)
     print(f"{'tokens':<12}{last.tokens:,}, epoch {last.epoch:.3g}, median {human_count(rate)} tok/s")
+    if run.read:
+        print("\n".join(read_lines(run.read[-1])))
     bad: dict[Status, list[int]] = {}  # always recorded, whatever metrics.every_steps is
     for record in run.train:
         if record.status != "applied":

@@ -4,15 +4,17 @@ cached elements per token and layer:   MHA 2 h d     GQA 2 g d     MQA 2 d     M
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 from unicodedata import east_asian_width
 
-from megakexue.config import Config, ModelConfig, ResolvedConfig, ResolvedModel
+from megakexue.config import Config, DataConfig, ModelConfig, ResolvedConfig, ResolvedModel
 from megakexue.core.costs import flops_per_token, model_state_bytes, n_parameters
 from megakexue.core.rope import base_notes
 
+N_SHOWN = 4
+"""Sources of a mixture, and mixtures."""
 COLUMNS, LINES, INDENT = 80, 20, 12
 """Of the first screen: it fits a terminal of 80 x 24, with room for the first steps; labels are in the indent."""
 
@@ -84,7 +86,10 @@ def fold(label: str, words: Iterable[str]) -> list[str]:
     return lines
 
 
-def describe(given: Config, config: ResolvedConfig, world_size: int, more: dict[str, str] | None = None) -> str:
+def describe(
+    given: Config, config: ResolvedConfig, world_size: int, more: dict[str, str] | None = None,
+    rows: Sequence[int] | None = None,
+) -> str:  # fmt: skip
     """Return the first screen of a run: what differs from the defaults, what it costs, `more`, and remarks.
 
     It fits 80 columns and 20 lines: settings that have no room are left to config.yaml. Only a path that is longer
@@ -94,6 +99,7 @@ def describe(given: Config, config: ResolvedConfig, world_size: int, more: dict[
         given: the config as its author wrote it.
         config: the same, resolved.
         more: texts by their labels.
+        rows: of each source, whose shares they are without weights; None: not known.
     """
     model, train, stage = config.model, config.train, config.engine.zero_stage
     state = {name: size / 2**20 for name, size in model_state_bytes(config, world_size).items()}
@@ -111,18 +117,42 @@ def describe(given: Config, config: ResolvedConfig, world_size: int, more: dict[
         "scales": f"{model.residual} alpha {model.residual_alpha:.4g}, {model.attention.scale} on "
         f"{model.attention.softmax_scale:.4g}, {rope}",
         "batch": f"{train.global_batch_size} rows x {config.data.seq_len} = {config.batch_tokens:,} tokens: {ranks}"
-        + "".join(f"; cut to {stage.seq_len} until step {stage.until_step}" for stage in config.data.stages),
+        + "".join(
+            f"; cut to {stage.seq_len} until step {stage.until_step}" for stage in config.data.stages if stage.seq_len
+        ),
         "budget": f"{train.steps:,} steps, {tokens:,} tokens, {tokens / n:.1f} a parameter, {tokens * flops:.3g} FLOP",
         "state": f"ZeRO-{stage} {config.engine.dtype}, {sum(state.values()):,.1f} MiB a rank: "
         + ", ".join(f"{name} {size:,.1f}" for name, size in state.items()),
-    } | (more or {})
+    }
+    if len(config.data.sources) > 1 and (rows or any(mixture.weights for mixture in config.data.mixtures)):
+        texts["mixture"] = describe_mixtures(config.data, train.steps, rows)
+    texts |= more or {}
     notes = base_notes(model)
     warnings = [note for note in notes if note.startswith("WARNING")]
     if len(notes) > len(warnings):
         texts["note"] = "; ".join(note for note in notes if note not in warnings)
     lines = [line for label, text in texts.items() for line in fold(label, text.split())]
     n_rows = sum(math.ceil(_width(line) / COLUMNS) for line in lines)
-    return "\n".join(_settings(given, max(2, LINES - n_rows)) + lines + warnings)
+    return "\n".join(_settings(given, max(1, LINES - n_rows)) + lines + warnings)
+
+
+def describe_mixtures(data: DataConfig, n_steps: int, rows: Sequence[int] | None = None, *, from_step: int = 1) -> str:
+    """Say the share of each source, the largest first, for each part of steps up to `n_steps`: few of many."""
+    texts, begin = [], 1
+    for mixture in data.mixtures:
+        if begin > n_steps or mixture.until_step < from_step:
+            begin = mixture.until_step + 1
+            continue
+        shares = mixture.shares(rows)
+        words = ["by rows"]
+        if shares:
+            named = sorted(zip(shares, data.source_names, data.sources), key=lambda entry: -entry[0])
+            words = [f"{name} {x:.1%}{' synthetic' if source.synthetic else ''}" for x, name, source in named if x]
+            words = [*words[:N_SHOWN], *([f"{len(words) - N_SHOWN} more"] if len(words) > N_SHOWN else [])]
+        until = f" until step {mixture.until_step}" if mixture.until_step < n_steps else ""
+        texts.append(", ".join(words) + until)
+        begin = mixture.until_step + 1
+    return "; ".join([*texts[:N_SHOWN], *([f"{len(texts) - N_SHOWN} more parts"] if len(texts) > N_SHOWN else [])])
 
 
 def _settings(given: Config, n_lines: int) -> list[str]:

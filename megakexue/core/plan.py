@@ -353,8 +353,9 @@ def longest_row(config: Config, cluster: Cluster, *, is_compiled: bool = True) -
 def with_rows_of(config: Config, seq_len: int, world_size: int) -> Config:
     """Return the config with one row of so many tokens for each group of ranks that share it, in one micro-batch."""
     n_rows = n_data_ranks(config, world_size)
+    stages = [replace(stage, seq_len=None) for stage in config.data.stages if stage.weights is not None]
     return replace(
-        config, data=replace(config.data, seq_len=seq_len, stages=[]),
+        config, data=replace(config.data, seq_len=seq_len, stages=stages),
         model=replace(config.model, rope=replace(config.model.rope, context=None)),
         train=replace(config.train, micro_batch_size=1, global_batch_size=n_rows),
     )  # fmt: skip

@@ -11,7 +11,6 @@ the steps that are recorded.
 """
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from megakexue import dist
 from megakexue.config import IGNORED
+from megakexue.core.batch import Batch
+from megakexue.dist import Ranks
 from megakexue.run.records import SourceLoss
 
 
@@ -34,12 +35,6 @@ class RowLosses(NamedTuple):
     """On the CPU."""
     losses: Float64[Tensor, " b"]
     """The summed cross-entropy of each row, on the device."""
-
-
-def name_sources(paths: list[str]) -> list[str]:
-    """Return a short name for each source: the last part of its path, or the path where two have the same."""
-    names = [Path(path).name for path in paths]
-    return [path if names.count(name) > 1 else name for name, path in zip(names, paths)]
 
 
 def add_up(
@@ -67,6 +62,29 @@ def add_up(
     }
     loss, _, size = map(sum, zip(*totals))
     return bits_per_byte(loss, size), losses_by_source
+
+
+class Tally:
+    """Counts what the steps of a start read: rows and target tokens by source."""
+
+    def __init__(self, n_sources: int, seq_len: int, ranks: Ranks) -> None:
+        self._counts = torch.zeros(n_sources, 2, dtype=torch.float64)
+        self._seq_len, self._is_counting = seq_len, ranks.sequence_rank == 0
+        """Ranks that share rows are given the same ones: the first of them counts."""
+
+    def add(self, batches: list[Batch]) -> None:
+        """Count the micro-batches of a step of this rank."""
+        for batch in batches if self._is_counting else []:
+            n = len(batch.sources)
+            targets = batch.targets[:n]
+            lengths = torch.full((n,), targets.shape[1], dtype=torch.float64)  # a stage may cut the rows
+            counts = torch.stack([lengths, (targets != IGNORED).sum(1).double()], dim=1)
+            self._counts.index_add_(0, torch.tensor(batch.sources), counts)
+
+    def over_ranks(self, device: torch.device) -> list[tuple[int, int]]:
+        """Return rows and tokens of each source, over all ranks and all steps of this start: a collective."""
+        counts = dist.sum_over_ranks(self._counts.to(device, copy=True)).tolist()
+        return [(int(length) // self._seq_len, int(tokens)) for length, tokens in counts]
 
 
 def bits_per_byte(loss: float, n_bytes: float) -> float:

@@ -5,7 +5,8 @@ micro-batches of mb rows, micro-batch j of data rank r takes samples [(j n + r) 
 ranks of one sequence group read the same rows.
 
 A sample is a row of `data.seq_len` tokens, also in a stage with shorter rows: its micro-batches hold the same samples,
-each cut into rows that follow one another. So stages decide neither the order nor the place in it.
+each cut into rows that follow one another. So lengths decide neither the order nor the place in it. Other weights begin
+with a step, which is a sample of the order: that many steps of samples after the current one.
 
 What must stay true: neither the number of ranks, nor the micro-batch size, nor a stop and resume changes which rows a
 step holds.
@@ -28,10 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megakexue.config import DataConfig, require
+from megakexue.config import BOUND, DataConfig, require
 from megakexue.core.batch import Batch, Position, make_batch
 from megakexue.dist import Ranks
-from megakexue.run.order import WINDOW_TOKENS, Order, shares
+from megakexue.run.order import WINDOW_TOKENS, Schedule, shares
 from megakexue.run.rows import Rows
 from megakexue.run.source import Source
 
@@ -131,12 +132,12 @@ class Batches:
         self.vocab_size = max(manifest.vocab_size for manifest in manifests)
 
         sizes = [source.n_rows for source in self.sources]
-        self.order = Order(
-            [source.shard_rows for source in self.sources],
-            shares(sizes, [source.weight for source in config.sources]) if is_train else sizes,
-            seed=config.shuffle_seed, shuffle=config.shuffle and is_train,
-            window_rows=max(1, WINDOW_TOKENS // config.seq_len),
-        )  # fmt: skip
+        mixtures = [(m.until_step, shares(sizes, m.weights or [None] * len(sizes))) for m in config.mixtures]
+        self._mixtures = mixtures if is_train else [(BOUND, sizes)]
+        """The last step of each mixture, and the rows of each source in an epoch of it."""
+        self._seed, self._shuffle = config.shuffle_seed, config.shuffle and is_train
+        self._window_rows = max(1, WINDOW_TOKENS // config.seq_len)
+        self.order = self._schedule(Position(), 0)
         self.n_rows = self.order.n_rows
         """Rows in an epoch."""
         check_cache_limit(config, self.sources, self.order)
@@ -147,23 +148,38 @@ class Batches:
         """Seconds that the last `next_step` waited for data."""
         self._reader: Reader | None = None
 
+    def _schedule(self, position: Position, step: int) -> Schedule:
+        """Return the order in which `step` steps are done at `position`."""
+        n_rows = sum(source.n_rows for source in self.sources)
+        number, mixtures = position.epoch * n_rows + position.sample, [(0, self._mixtures[0][1])]
+        for (last, _), (_, chosen) in itertools.pairwise(self._mixtures):
+            begin = number + (last - step) * self.global_batch_size
+            mixtures = [*mixtures, (begin, chosen)] if begin > 0 else [(0, chosen)]
+        shards = [source.shard_rows for source in self.sources]
+        return Schedule(shards, mixtures, seed=self._seed, shuffle=self._shuffle, window_rows=self._window_rows)
+
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that the order depends on: a position means the same rows while it stays the same."""
-        order = self.order
+        """A hash of all that the rows before `position` depend on: it means the same rows while this stays the same."""
+        return self.fingerprint_at(self.position, self.step)
+
+    def fingerprint_at(self, position: Position, step: int) -> str:
+        """The fingerprint after `step` steps, at `position`."""
+        schedule = self._schedule(position, step)
+        order, later = schedule.first, schedule.begun(position)[1:]
         shards = [rows.tolist() for rows in order.shards]
         contents = [source.manifest.splits[source.split].get("index_sha256") for source in self.sources]
-        values = [contents, shards, order.chosen, order.seed, order.shuffle, order.n_windows]
+        values = [contents, shards, order.chosen, order.seed, order.shuffle, order.n_windows, *later]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     @property
     def warnings(self) -> list[str]:
-        """A line for each source that gives no row, in any epoch."""
+        """A line for each source that gives no row, in any epoch of any mixture."""
         return [
             f"data source {source.path} gives none of the {self.n_rows} rows of an epoch: raise its weight in "
             "data.sources, or leave it out"
-            for source, n in zip(self.sources, self.order.chosen)
-            if n == 0
+            for source, *of_mixtures in zip(self.sources, *(chosen for _, chosen in self._mixtures))
+            if not any(of_mixtures)
         ]
 
     def locate(self, position: Position) -> str:
@@ -183,7 +199,7 @@ class Batches:
             "use the sources that the checkpoint was trained on",
         )
         self.close()
-        self.position, self.step = position, step
+        self.position, self.step, self.order = position, step, self._schedule(position, step)
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next optimizer step.
@@ -277,9 +293,10 @@ class Batches:
 
     def _fetch_ahead(self, position: Position, stopped: threading.Event) -> None:
         """Download this rank's part of the shards of each window, one window ahead of the steps, in a thread."""
-        epoch, w = position.epoch, self.order.window_of(position.sample)
+        order = self.order
         while True:
-            shards = self.rows.shards_of(self.order.window(epoch, w))
+            window = order.window_at(position)
+            shards = self.rows.shards_of(window.rows)
             for shard in shards[self.ranks.local_rank :: self.ranks.local_world_size]:
                 if stopped.is_set():
                     return
@@ -287,22 +304,22 @@ class Batches:
                     self.rows.fetch(shard)
                 except Exception:  # the reader will come to the same shard, and say what is wrong with it
                     return
-            while (self.position.epoch, self.order.window_of(self.position.sample)) < (epoch, w):
+            while order.number(self.position) < window.begin:
                 if stopped.wait(0.2):
                     return
-            epoch, w = (epoch, w + 1) if w + 1 < self.order.n_windows else (epoch + 1, 0)
+            position = order.position(window.begin + len(window.rows))
 
 
-def check_cache_limit(config: DataConfig, sources: list[Source], order: Order) -> None:
+def check_cache_limit(config: DataConfig, sources: list[Source], order: Schedule) -> None:
     """Refuse a cache without room for two windows: the one being read, and the next one, which is downloaded meanwhile.
 
     Raises:
         UserError: data.cache_limit is too small.
     """
     needed = 0
-    for source, chosen in zip(sources, order.chosen):
-        if source.is_cached and chosen:
-            rows = math.ceil(chosen / order.n_windows)
+    for source, *of_mixtures in zip(sources, *(chosen for _, chosen in order.mixtures)):
+        if source.is_cached and any(of_mixtures):
+            rows = math.ceil(max(of_mixtures) / order.first.n_windows)
             sizes = [shard.n_bytes + shard.n_compressed for shard in source.shards]
             window_bytes = math.ceil(rows / source.n_rows * sum(sizes)) + 2 * max(sizes)
             needed += min(2 * window_bytes, sum(sizes))

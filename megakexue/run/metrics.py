@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megakexue.config import MetricsConfig, Status, mute_stdout
 from megakexue.run.records import (
     ExportRecord,
+    ReadRecord,
     Record,
     SamplesRecord,
     SourceLoss,
@@ -29,6 +30,7 @@ from megakexue.run.records import (
     StepRecord,
     ValidationRecord,
     json_line,
+    read_lines,
     read_metrics,
 )
 from megakexue.run.sinks import Record as SinkRecord
@@ -142,6 +144,7 @@ class Metrics:
         )
         self._tokens = max((r.tokens for r in kept if isinstance(r, StepRecord)), default=0)
         self._valid = next((r for r in reversed(kept) if isinstance(r, ValidationRecord)), None)
+        self._read = next((r for r in reversed(kept) if isinstance(r, ReadRecord)), None)
         self._exports = Counter(record.error is None for record in kept if isinstance(record, ExportRecord))
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
@@ -256,6 +259,12 @@ class Metrics:
         self._exports[record.error is None] += 1
         self._write(record, {})
 
+    def log_read(self, record: ReadRecord) -> None:
+        """Take note of what was read; a second time for one step, when a save was tried again, is left out."""
+        if record != self._read:
+            self._read = record
+            self._write(record, {})
+
     def message(self, text: str) -> None:
         """Print lines above the progress bar; in a log, just print them."""
         if self._progress is None:
@@ -317,6 +326,7 @@ class Metrics:
             *([f"loss        {', '.join(losses)}"] if losses else []),
             f"tokens      {self._tokens:,}; this start took {took}",
             *([exports] if self._exports else []),
+            *(read_lines(self._read) if self._read else []),
             f"run         {self._run}",
         ]
 

@@ -1,9 +1,9 @@
 """The records of a run: `metrics.jsonl`, from which everything else is drawn.
 
 Each line is one JSON object. Its "kind" says which fields it has: those of `StepRecord` ("train"), `ValidationRecord`
-("valid"), `StatisticsRecord` ("statistics"), `ExportRecord` ("export") or `SamplesRecord` ("samples"). Floats are
-written by `repr`, so that they read back to the same bits. JSON has no other numbers, so non-finite ones are the
-strings "nan", "inf" and "-inf", which `float()` takes too.
+("valid"), `StatisticsRecord` ("statistics"), `ExportRecord` ("export"), `SamplesRecord` ("samples") or `ReadRecord`
+("read"). Floats are written by `repr`, so that they read back to the same bits. JSON has no other numbers, so
+non-finite ones are the strings "nan", "inf" and "-inf", which `float()` takes too.
 """
 
 import dataclasses
@@ -137,10 +137,56 @@ class SamplesRecord:
     """The continuations."""
 
 
-Record = StepRecord | ValidationRecord | StatisticsRecord | ExportRecord | SamplesRecord
+@dataclass(frozen=True, kw_only=True)
+class SourceRead:
+    """What the steps of a run have read of one source."""
+
+    rows: int
+    """Rows of data.seq_len tokens."""
+    tokens: int
+    """Target tokens in them."""
+    n_rows: int
+    """Rows that the source has: so many are one epoch of it."""
+    synthetic: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRecord:
+    """What was really read, with each checkpoint."""
+
+    step: int
+    sources: dict[str, SourceRead]
+    """By name."""
+
+
+def read_lines(record: ReadRecord) -> list[str]:
+    """Return lines that say it: rows, tokens, share of the tokens and epochs of each source."""
+    sources = record.sources.values()
+    n_tokens, n_rows = sum(source.tokens for source in sources), sum(source.rows for source in sources)
+    if len(sources) == 1:
+        (name,), (one,) = record.sources, sources
+        return [f"read        {one.rows:,} rows of {name}: {one.rows / one.n_rows:.2f} epochs"]
+    wide = max(6, *map(len, record.sources))
+
+    def line(*cells: str) -> str:
+        name, rows, tokens, share, epochs, note = cells
+        return f"{name:<{wide}} {rows:>12} {tokens:>15} {share:>6} {epochs:>7}  {note}".rstrip()
+
+    lines = [line("source", "rows", "tokens", "share", "epochs", f"up to step {record.step}")]
+    for name, source in record.sources.items():
+        epochs = f"{source.rows / source.n_rows:.2f}"
+        share = f"{source.tokens / max(1, n_tokens):.1%}"
+        note = "synthetic" if source.synthetic else ""
+        lines.append(line(name, f"{source.rows:,}", f"{source.tokens:,}", share, epochs, note))
+    synthetic = sum(source.tokens for source in sources if source.synthetic) / max(1, n_tokens)
+    lines.append(line("all", f"{n_rows:,}", f"{n_tokens:,}", "", "", f"{synthetic:.1%} synthetic" * (synthetic > 0)))
+    return [f"{'' if i else 'read':<12}{text}" for i, text in enumerate(lines)]
+
+
+Record = StepRecord | ValidationRecord | StatisticsRecord | ExportRecord | SamplesRecord | ReadRecord
 _KINDS: dict[str, type[Record]] = {
     "train": StepRecord, "valid": ValidationRecord, "statistics": StatisticsRecord, "export": ExportRecord,
-    "samples": SamplesRecord,
+    "samples": SamplesRecord, "read": ReadRecord,
 }  # fmt: skip
 
 
@@ -180,7 +226,8 @@ def _parse(line: str) -> Record:
     values = parse_json(line)
     kind = _KINDS[values.pop("kind")]
     if "sources" in values:
-        values["sources"] = {name: _typed(SourceLoss, source) for name, source in values["sources"].items()}
+        of_one = SourceRead if kind is ReadRecord else SourceLoss
+        values["sources"] = {name: _typed(of_one, source) for name, source in values["sources"].items()}
     if kind is StatisticsRecord:
         values["whole"] = _typed(TensorStatistics, values["whole"])
         values["tensors"] = {name: _typed(TensorStatistics, tensor) for name, tensor in values["tensors"].items()}

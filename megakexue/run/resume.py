@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from megakexue.bundle.bundle import Bundle, OptimizerInfo
-from megakexue.config import BOUND, ResolvedConfig, ResolvedModel, UserError, require
+from megakexue.config import (
+    BOUND,
+    DataConfig,
+    ResolvedConfig,
+    ResolvedModel,
+    UserError,
+    build,
+    name_sources,
+    require,
+)
 from megakexue.core.batch import Position
 from megakexue.files import sha256
 from megakexue.run import checkpoint
 from megakexue.run.data import Batches
 from megakexue.run.engine import Engine
+from megakexue.run.records import SourceRead
 from megakexue.run.state import Differences, TrainerState, differences, plain, shown, with_new_settings
 from megakexue.text.tokenizer_files import find_tokenizer, tokenizer_sha256
 
@@ -26,7 +36,7 @@ HARMLESS = (
     "evaluate.", "data.", "model.attention.backend",
 )  # fmt: skip
 """Keys, or sections, that leave the run what it is: where and how it is computed, shown and kept. What they name (data,
-bundle) is compared by its content, and `data.stages` by the steps that it gives to each length."""
+bundle) is compared by its content, and `data.stages` by the steps that it gives to each length and each mixture."""
 NOT_TOLD = ("train.run", "train.stop_at_step", "train.accept_changes")
 """Of the changes since the checkpoint, where the run lies and stops: the start does not list them."""
 
@@ -51,16 +61,26 @@ def start_run(folder: Path | None, engine: Engine, config: ResolvedConfig, data:
     Raises:
         UserError: the checkpoint or the bundle does not fit the config.
     """
+    names = config.data.source_names
+    reads = {
+        name: SourceRead(rows=0, tokens=0, n_rows=source.n_rows, synthetic=given.synthetic)
+        for name, source, given in zip(names, data.sources, config.data.sources, strict=True)
+    }
     own = TrainerState(
-        guard=engine.guard.state, data=data.fingerprint, tokenizer=tokenizer_sha256(config.data.tokenizer),
-        config=plain(config), source=source, world_size=engine.ranks.world_size,
+        guard=engine.guard.state, data=data.fingerprint, sources=reads, config=plain(config), source=source,
+        tokenizer=tokenizer_sha256(config.data.tokenizer), world_size=engine.ranks.world_size,
     )  # fmt: skip
     if folder is None:
         origin, bundle = _start_weights(engine, config, data)
         start = {"step": 0, "changes": [], "source": source, "origin": origin}
         state = dataclasses.replace(own, init_bundle=bundle, position=data.position, lineage=[start])
         return Start(state=state, origin=origin, saved=None)
-    old = checkpoint.load(folder, engine, lambda old: check_resume(old, own, config))
+
+    def own_at(old: TrainerState) -> TrainerState:
+        return dataclasses.replace(own, data=data.fingerprint_at(old.position, old.step))
+
+    old = checkpoint.load(folder, engine, lambda old: check_resume(old, own_at(old), config))
+    own = own_at(old)
     old = dataclasses.replace(old, config=with_new_settings(old.config, config))
     changes = changes_since(old, own)
     data.seek(old.position if old.data == own.data else data.position, old.step)
@@ -68,11 +88,34 @@ def start_run(folder: Path | None, engine: Engine, config: ResolvedConfig, data:
     if changes or not lineage or lineage[-1]["source"] != source:
         lineage.append({"step": old.step, "changes": changes, "source": source})
     state = dataclasses.replace(
-        own, step=old.step, tokens=old.tokens, position=data.position, validated=old.validated,
+        own, step=old.step, tokens=old.tokens, position=data.position, data=data.fingerprint, validated=old.validated,
+        sources=_reads(old, own),
         init_bundle=old.init_bundle, lineage=lineage,
     )  # fmt: skip
     origin = f"resumed from {folder}" + (f"; changed since: {', '.join(changes)}" if changes else "")
     return Start(state=state, origin=origin, saved=old.step)
+
+
+def _reads(old: TrainerState, own: TrainerState) -> dict[str, SourceRead]:
+    """Return what the steps of a checkpoint have read, by the names that the sources have now.
+
+    What they have read of data that is another now keeps a line of its own, and so does what an older version has not
+    counted by source.
+    """
+    until, read = f" until step {old.step}", dict(own.sources)
+    if not old.sources and old.step:
+        number = old.position.epoch * (n_rows := sum(source.n_rows for source in own.sources.values()))
+        of_all = SourceRead(rows=number + old.position.sample, tokens=old.tokens, n_rows=n_rows, synthetic=False)
+        return read | {f"all{until}": of_all}
+    now = dict(zip(name_sources([source["path"] for source in old.config["data"]["sources"]]), own.sources))
+    for name, source in old.sources.items():
+        if name not in now:
+            read[name] = source
+        elif old.data == own.data:
+            read[now[name]] = dataclasses.replace(own.sources[now[name]], rows=source.rows, tokens=source.tokens)
+        elif source.rows:
+            read[f"{name}{until}"] = source
+    return read
 
 
 def check_resume(old: TrainerState, own: TrainerState, config: ResolvedConfig) -> None:
@@ -125,23 +168,49 @@ def _asked(old: TrainerState, own: TrainerState, found: Differences, config: Res
             f"train.micro_batch_size: {cuts[0][0]} rows on {cuts[0][1]} ranks -> {cuts[1][0]} on {cuts[1][1]}, and "
             "with optim.accumulate=momentum each micro-batch is clipped and judged by itself"
         )
+    to_come = [_row_lengths(state.config["data"], BOUND) for state in (old, own)]
+    weights = [_weights_after(state.config["data"], old.step) for state in (old, own)]
     if old.data != own.data:
         lines["data"] = "data: other rows, weights, data.shuffle or data.shuffle_seed, so its position means nothing"
-    to_come = [_row_lengths(state.config["data"], BOUND) for state in (old, own)]
-    if old.data == own.data and to_come[0] != to_come[1]:
-        lines["data.stages"] = f"data.stages {old.config['data'].get('stages')} -> {own.config['data']['stages']}"
+        if weights[0] != weights[1]:
+            lines["data"] += f" (to change weights from step {old.step + 1} on alone, give those before to data.stages)"
+        if old.config["data"].get("stages") and "train.global_batch_size" in found:
+            lines["data"] += " (train.global_batch_size must stay after a change of weights by data.stages)"
+    elif to_come[0] != to_come[1]:
+        stages = [
+            [
+                {key: value for key, value in stage.items() if value is not None}
+                for stage in state.config["data"]["stages"]
+            ]
+            for state in (old, own)
+        ]
+        lines["data.stages"] = f"data.stages {stages[0]} -> {stages[1]}"
+    elif weights[0] != weights[1]:
+        lines["data.stages"] = f"data.stages: last step and weights of what is to come {weights[0]} -> {weights[1]}"
     return lines
 
 
 def _row_lengths(data: dict[str, Any], steps: int) -> dict[int, int]:
     """Tokens in a row of the first `steps` steps: for each length in turn, by the last step that has it."""
-    found, begin = {}, 0
-    stages = [(stage["until_step"], stage["seq_len"]) for stage in data.get("stages", [])]
+    found: dict[int, int] = {}
+    begin, last = 0, 0
+    stages = [(stage["until_step"], stage["seq_len"] or data["seq_len"]) for stage in data.get("stages", [])]
     for end, seq_len in [*stages, (BOUND, data["seq_len"])]:
         if begin < steps:
-            found[min(end, steps)] = seq_len
+            if found.get(last) == seq_len:
+                del found[last]
+            last = min(end, steps)
+            found[last] = seq_len
         begin = end
     return found
+
+
+def _weights_after(data: dict[str, Any], step: int) -> list[tuple[str, list[float] | None]]:
+    """The mixtures of the steps after `step`: the last step of each, and the weight of each source out of 1."""
+    known = {name: data.get(name, []) for name in ("sources", "stages", "tokenizer", "seq_len")}
+    mixtures = build(DataConfig, known, "data").mixtures
+    ends = ["end" if mixture.until_step == BOUND else str(mixture.until_step) for mixture in mixtures]
+    return [(end, mixture.shares()) for end, mixture in zip(ends, mixtures) if mixture.until_step > step]
 
 
 def _n_data_ranks(state: TrainerState) -> int:

@@ -13,6 +13,7 @@ from megakexue.config import Config, UserError, build, require
 from megakexue.core.batch import Position
 from megakexue.files import read_json
 from megakexue.run.guard import GuardState
+from megakexue.run.records import SourceRead
 
 TRAINER = "trainer.json"
 State = TypeVar("State", bound="TrainerState")
@@ -28,6 +29,8 @@ class TrainerState:
     """Target tokens of these steps."""
     position: Position = field(default_factory=Position)
     """Of the first sample that no step up to `step` has used."""
+    sources: dict[str, SourceRead] = field(default_factory=dict)
+    """What these steps have read of each, by name."""
     validated: int = 0
     """The last step whose validation loss is on record."""
     init_bundle: str | None = None
@@ -59,7 +62,7 @@ class TrainerState:
     def read(cls: type[State], folder: Path) -> State:
         """Read the state of a checkpoint. Raises UserError: it is missing, damaged, or of another form."""
         path = folder / TRAINER
-        values = read_json(path, "the trainer's state")
+        values = {"sources": {}} | read_json(path, "the trainer's state")  # older versions did not count it
         try:
             json.dumps(values, allow_nan=False)  # every number is finite
             known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
@@ -98,6 +101,8 @@ def with_new_settings(old: dict[str, Any], section: Any) -> dict[str, Any]:
         value = getattr(section, entry.name)
         if dataclasses.is_dataclass(value) and isinstance(old.get(entry.name), dict):
             filled[entry.name] = with_new_settings(old[entry.name], value)
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            filled[entry.name] = [with_new_settings(part, value[0]) for part in old.get(entry.name, [])]
         elif entry.name not in old and entry.default is not dataclasses.MISSING:
             filled[entry.name] = entry.default
     return filled

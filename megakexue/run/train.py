@@ -25,13 +25,13 @@ from megakexue.bundle.generate import encode_prompt
 from megakexue.config import Config, ResolvedConfig, require
 from megakexue.core.batch import Batch
 from megakexue.core.costs import flops_per_token, product_shapes
-from megakexue.core.describe import describe
+from megakexue.core.describe import describe, describe_mixtures
 from megakexue.core.device import memory_gib, peak_flops
 from megakexue.core.resolve import resolve_config
 from megakexue.core.schedule import lr_factor
 from megakexue.facts import host_facts
 from megakexue.run import checkpoint
-from megakexue.run.by_source import add_up, name_sources
+from megakexue.run.by_source import Tally, add_up
 from megakexue.run.data import Batches, Interrupted
 from megakexue.run.engine import Engine, StepResult, start
 from megakexue.run.exporter import Exporter, check_exportable
@@ -40,7 +40,7 @@ from megakexue.run.guard import TrainingStopped
 from megakexue.run.metrics import Metrics, is_recorded
 from megakexue.run.preemption import Interruption, Preemption
 from megakexue.run.profiling import Profiler
-from megakexue.run.records import SourceLoss, StepRecord, statistics_record
+from megakexue.run.records import ReadRecord, SourceLoss, SourceRead, StepRecord, statistics_record
 from megakexue.run.resume import load_emo_rows, start_run
 from megakexue.run.saves import Saves
 from megakexue.run.state import StoppedState, TrainerState
@@ -88,6 +88,7 @@ def train(given: Config) -> None:
                     break
                 if run.saves.is_due(run.state.step):
                     watch.mark("beginning a save")
+                    _count(run)
                     run.saves.begin(run.state)
                 _step(run)
                 if run.exporter:
@@ -95,12 +96,14 @@ def train(given: Config) -> None:
             _finish_trace(run)
             watch.mark("saving")
             if run.state.step != run.saves.saved:
+                _count(run)
                 run.saves.save_and_wait(run.state)
             _finish_exports(run)
         except Interruption as interruption:
             step = run.state.step
             watch.mark("saving")
             if step:  # first of all, since a signal grants little time
+                _count(run)
                 run.saves.save_and_wait(run.state)
             _finish_trace(run)
             kept = f"saved after step {step}" if step else "before the first step"
@@ -143,6 +146,9 @@ class _Run:
     saves: Saves
     exporter: Exporter | None
     """Only on the first rank, with `checkpoint.export`."""
+    tally: Tally
+    read: dict[str, SourceRead]
+    """What the steps before this start have read."""
     state: TrainerState
 
     def say(self, text: str) -> None:
@@ -203,6 +209,8 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
 
     watch.mark("opening the data")
     data, tokenizer = batches("train"), load_tokenizer(config.data.tokenizer)
+    rows = [source.n_rows for source in data.sources]
+    config.data.check_synthetic(config.train.steps, rows)  # of remote sources, whose rows nobody knew before
     of_ranks = dist.gather({str(ranks.rank): (socket.gethostname(), data.fingerprint)})
     for rank, (host, fingerprint) in of_ranks.items():
         require(  # what hosts have downloaded; local folders were compared at the start
@@ -243,7 +251,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
             "MFU": peak_source,
             "run": f"{folder} (config.yaml, metrics.jsonl, logs/, checkpoints/)",
         }
-        screen = describe(given, config, ranks.world_size, more)
+        screen = describe(given, config, ranks.world_size, more, rows)
         metrics.message("\n".join([screen, *(f"WARNING: {warning}" for warning in [*warnings, *data.warnings])]))
     log.info("step %d of %d: %s", begun.state.step, config.train.steps, begun.origin)
     saves = Saves(
@@ -264,6 +272,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         config=config, folder=folder, ranks=ranks, watch=watch, preemption=preemption, engine=engine, data=data,
         valid=valid, tokenizer=tokenizer, prompts=prompts, n_bytes=tokenizer.piece_bytes(), metrics=metrics,
         profiler=profiler, peak_flops=peak, saves=stack.enter_context(saves), exporter=exporter, state=begun.state,
+        tally=Tally(len(data.sources), config.data.seq_len, ranks), read=begun.state.sources,
     )  # fmt: skip
 
 
@@ -337,7 +346,7 @@ def _sample(run: _Run, step: int) -> None:
 def _by_source(run: _Run, data: Batches) -> tuple[float, dict[str, SourceLoss]]:
     """Bits per byte and losses by source of what the engine has just computed, a collective."""
     config = run.config.data
-    names = dict(zip([source.path for source in config.sources], name_sources([s.path for s in config.sources])))
+    names = dict(zip([source.path for source in config.sources], config.source_names))
     return add_up(run.engine.row_losses, [names[source.path] for source in data.sources], run.n_bytes)
 
 
@@ -356,8 +365,7 @@ def _step(run: _Run) -> None:
     run.watch.mark("the step", step=step)
     if run.profiler:
         run.profiler.before(step)
-    if step > 1 and config.data.seq_len_at(step) != config.data.seq_len_at(step - 1):
-        run.say(f"step {step}: from here on rows of {config.data.seq_len_at(step)} tokens (data.stages)")
+    _say_border(run, step)
     batches = run.met(data.next_step)
     assert batches is not None
     lr = config.optim.lr * lr_factor(config.optim, step, config.train.steps)
@@ -366,6 +374,7 @@ def _step(run: _Run) -> None:
     result = engine.train_step(batches, lr, step, statistics=has_statistics, between=run.preemption.meet)
     n_tokens = run.state.tokens + result.n_targets
     run.state = dataclasses.replace(run.state, step=step, position=data.position, tokens=n_tokens)
+    run.tally.add(batches)
     remarks = [] if result.note is None else [f"{result.note}{_culprits(result)}"]
     if result.status == "rolled back":
         remarks = _roll_back(run, result)
@@ -386,6 +395,29 @@ def _step(run: _Run) -> None:
         run.say(said)
     if result.reason_to_stop:
         _stop(run, result, batches, rows, loss_scale)
+
+
+def _say_border(run: _Run, step: int) -> None:
+    """Say what is new where a stage begins."""
+    data, begins = run.config.data, f"step {step}: from here on"
+    if step > 1 and data.seq_len_at(step) != data.seq_len_at(step - 1):
+        run.say(f"{begins} rows of {data.seq_len_at(step)} tokens (data.stages)")
+    if any(mixture.until_step == step - 1 for mixture in data.mixtures):
+        rows = [source.n_rows for source in run.data.sources]
+        run.say(f"{begins} {describe_mixtures(data, step, rows, from_step=step)} (data.stages)")
+
+
+def _count(run: _Run) -> None:
+    """Bring what `state` says of the data read so far up to its step, and record it: a collective before each save."""
+    read = dict(run.read)
+    counts = run.tally.over_ranks(run.engine.device)
+    for name, (rows, tokens) in zip(run.config.data.source_names, counts, strict=True):
+        read[name] = dataclasses.replace(read[name], rows=read[name].rows + rows, tokens=read[name].tokens + tokens)
+    # data may have been read ahead of the last step
+    fingerprint = run.data.fingerprint_at(run.state.position, run.state.step)
+    run.state = dataclasses.replace(run.state, sources=read, data=fingerprint)
+    if run.metrics:
+        run.metrics.log_read(ReadRecord(step=run.state.step, sources=read))
 
 
 def _record(

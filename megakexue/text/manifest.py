@@ -4,6 +4,7 @@ This is the one place that reads it. Three programs need it: a launch, before to
 also of remote folders; and an evaluation, which takes the row length from the data.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -72,26 +73,38 @@ def check_tokenizer(manifest: Manifest, folder: str | Path, tokenizer: str) -> N
     )
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config, missing: Collection[str] = ()) -> list[int] | None:
     """Check what can be checked before torch is imported: the files that the config names exist and fit each other.
 
     Remote folders are checked when they are opened.
+
+    Args:
+        missing: paths of sources that are not looked at.
+
+    Returns:
+        the training rows of each source; None: not all were looked at.
 
     Raises:
         UserError: a data folder or the tokenizer is missing, or they were not made for one another.
     """
     tokenizer = Path(config.data.tokenizer)
     require(tokenizer.is_file(), f"data.tokenizer={tokenizer}: no such file; train one with tools/train_tokenizer.py")
-    for folder in (Path(source.path) for source in config.data.sources if not source.is_remote):
+    rows = []
+    local = [source for source in config.data.sources if not (source.is_remote or source.path in missing)]
+    for folder in (Path(source.path) for source in local):
         require(
             (folder / "manifest.json").is_file(),
             f"data.sources: {folder} has no manifest.json: make the folder with tools/prepare_data.py",
         )
         manifest = read_manifest(folder)
         check_tokenizer(manifest, folder, config.data.tokenizer)
-        rows_divided(manifest, folder, config.data.seq_len)
+        rows.append(manifest.n_rows("train") * rows_divided(manifest, folder, config.data.seq_len))
         require(
             manifest.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} is below the {manifest.vocab_size} pieces of the tokenizer: "
             f"set model.vocab_size to at least {manifest.vocab_size}",
         )
+    if len(local) < len(config.data.sources):
+        return None
+    config.data.check_synthetic(config.train.steps, rows)
+    return rows

@@ -17,7 +17,7 @@ from megakexue.config import IGNORED, Config
 from megakexue.core.decoder import Decoder, initial_weight
 from megakexue.core.resolve import resolve_config
 from megakexue.dist import ALONE
-from megakexue.run.by_source import RowLosses, add_up, name_sources
+from megakexue.run.by_source import RowLosses, add_up
 from megakexue.run.data import Batches
 from megakexue.run.export import export_run
 from megakexue.run.records import SamplesRecord, SourceLoss, StepRecord, ValidationRecord, read_metrics
@@ -39,10 +39,6 @@ def test_sums_by_hand() -> None:
         "a": SourceLoss(loss=2.0, n_tokens=1, bits_per_byte=2 / math.log(2) / 5),
         "b": SourceLoss(loss=10 / 7, n_tokens=7, bits_per_byte=10 / math.log(2) / 17),
     }
-
-
-def test_names_are_short_where_they_differ() -> None:
-    assert name_sources(["data/web", "s3://bucket/code", "a/long", "b/long"]) == ["web", "code", "a/long", "b/long"]
 
 
 def by_hand(config: Config, records: list[Any]) -> None:

@@ -199,6 +199,70 @@ def test_mixture_of_real_sources(tmp_path: Path, small_windows: None) -> None:
     ]
 
 
+def test_weights_by_step(tmp_path: Path, small_windows: None) -> None:
+    """They are those of the steps, whoever resumes where; and what is not read yet may change."""
+    sizes = {"a": 50, "b": 30, "c": 7}
+    rows = {name: write_source(tmp_path / name, n, seed=n)["train"][:, :-1].tolist() for name, n in sizes.items()}
+
+    def config(*weights: list[float], ends: tuple[int, ...] = (3, 4, 9)) -> DataConfig:
+        """The last weights are those of the sources."""
+        stages = [StageConfig(until_step=n, weights=dict(zip(sizes, w))) for n, w in zip(ends, weights)]
+        sources = [SourceConfig(path=str(tmp_path / n), weight=w) for n, w in zip(sizes, weights[-1])]
+        return data_config(*sources, stages=stages)
+
+    plan = config([1, 0, 0], [1, 1, 0], [0, 1, 2], [3, 2, 1])
+    straight = open_batches(plan, tmp_path)
+    places, steps = [], []
+    for _ in range(25):
+        places.append((straight.position, straight.step))
+        steps.append(straight.next_step())
+    places.append((straight.position, straight.step))
+    assert [tuple(row) in {tuple(r) for r in rows["a"]} for step in steps[:3] for row in tokens_of([step])] == [
+        True
+    ] * 24
+    used = Counter(tuple(row) for step in steps for row in tokens_of([step]))
+    for name, size in sizes.items():
+        times = [used[tuple(row)] for row in rows[name]]
+        assert max(times) - min(times) <= 2 and sum(times) > size, name
+    for start in (2, 4, 9):
+        ranks = [open_batches(plan, tmp_path, rank=r, world_size=2) for r in range(2)]
+        for batches in ranks:
+            batches.seek(*places[start])
+        for step in steps[start : start + 3]:
+            by_rank = [batches.next_step() for batches in ranks]
+            assert tokens_of([micros for micros in zip(*by_rank)]) == tokens_of([step])
+
+    def fingerprints(other: DataConfig, **options: Any) -> list[str]:
+        batches = open_batches(other, tmp_path, **options)
+        return [batches.fingerprint_at(*place) for place in places]
+
+    own = fingerprints(plan)
+    assert own[3] == own[0] != own[4] and len({*own}) == 4
+    others = [
+        (3, config([1, 0, 0], [1, 2, 0], [0, 1, 2], [3, 2, 1])),
+        (4, config([1, 0, 0], [1, 1, 0], [1, 1, 2], [3, 2, 1])),
+        (9, config([1, 0, 0], [1, 1, 0], [0, 1, 2], [1, 1, 1])),
+        (6, config([1, 0, 0], [1, 1, 0], [0, 1, 2], [1, 1, 1], ends=(3, 4, 6))),
+        (9, config([1, 0, 0], [1, 1, 0], [0, 1, 2], [3, 2, 1], ends=(3, 4, 12))),
+        (25, config([2, 0, 0], [3, 3, 0], [0, 2, 4], [6, 4, 2])),
+        (25, config([1, 0, 0], [1, 1, 0], [0, 1, 2], [3, 2, 1], [1, 0, 0], ends=(3, 4, 9, 25))),
+        (3, config([1, 0, 0], [1, 1, 1], ends=(3,))),
+    ]
+    for last_same, other in others:
+        expected = [k <= last_same for k in range(26)]
+        assert [a == b for a, b in zip(own, fingerprints(other), strict=True)] == expected, last_same
+    # from there on the new weights, and each row that is left of the epoch
+    changed = open_batches(others[3][1], tmp_path)
+    changed.seek(*places[6])
+    again = Counter(tuple(row) for step in steps[:6] for row in tokens_of([step]))
+    again.update(tuple(row) for _ in range(19) for row in tokens_of([changed.next_step()]))
+    for name in ("a", "b"):
+        times = [again[tuple(row)] for row in rows[name]]
+        assert max(times) - min(times) <= 2, name
+    # another batch size may come before the first change, and not after it
+    assert [a == b for a, b in zip(own, fingerprints(plan, global_batch_size=16))][:6] == [True] * 4 + [False] * 2
+
+
 # --- validation
 
 
@@ -300,7 +364,7 @@ def test_the_next_window_is_downloaded_ahead(tmp_path: Path, bucket: Bucket, sma
     batches.next_step()
     wanted, read = (
         {batches.locate(Position(sample=k)).split("/")[-1].split(" ")[0] for k in range(n)}
-        for n in (batches.order.window_starts[2], 8)
+        for n in (batches.order.first.window_starts[2], 8)
     )
     assert read < wanted
     deadline = time.monotonic() + 20
