@@ -615,6 +615,61 @@ def test_values_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         load_config(TINY, [f"data.sources=[{{path: {tmp_path}/data}}, {{path: {tmp_path}/link}}]"])
 
 
+TWO = "data.sources=[{path: x/web, weight: 3}, {path: x/made, weight: 1, synthetic: true}]"
+SIX = "data.sources=[{path: web, weight: 1}, {path: a, weight: 0, synthetic: true}, {path: b, weight: 0}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["{until_step: 9}"], "data.stages: the stage until_step=9 changes nothing: give it seq_len or weights"),
+        (["{until_step: 9, weights: {web: 1}}"], "the weights until_step=9 lack [made]: name each source; 0 is none"),
+        (["{until_step: 9, weights: {web: 1, mad: 1}}"], "name ['mad'], which is no source: data.sources has [web, ma"),
+        (["{until_step: 9, weights: {web: 0, made: 0}}"], "until_step=9 are all 0: give at least one source a weight"),
+        (["{until_step: 9, weights: {web: -1, made: 0}}"], "data.stages.weights: web=-1.0 must be positive, from 1e-9"),
+        (["", "data.max_synthetic=0.2"],
+         "data.max_synthetic=0.2, but in steps 1 to 200 the synthetic sources have a share of 0.25 (made 0.25): lower "
+         "their weights, add other text, or raise data.max_synthetic"),
+        (["{until_step: 9, weights: {web: 9, made: 1}}", "data.max_synthetic=0.2"], "but in steps 10 to 200 the synth"),
+        (["{until_step: 9, weights: {web: 1, made: 2}}", "data.max_synthetic=0.25"], "in steps 1 to 9 the synthetic "),
+        (["{until_step: 9, seq_len: 64}, {until_step: 20, seq_len: 128}", "data.max_synthetic=0.2"], "steps 1 to 200"),
+        (["", "data.max_synthetic=1.5"], "data.max_synthetic=1.5 is a share: it must be from 0 to 1"),
+        (["", SIX], "data.sources: weight=0.0 must be positive, since no stage reads a: or leave it out"),
+    ],
+)  # fmt: skip
+def test_mixtures_that_are_refused(overrides: list[str], message: str) -> None:
+    stages, *more = overrides
+    with pytest.raises(UserError) as error:
+        load_config(TINY, [TWO, f"data.stages=[{stages}]", *more])
+    assert message in str(error.value)
+
+
+def test_mixtures_in_turn() -> None:
+    def shares(*overrides: str) -> list[tuple[int, list[float] | None]]:
+        return [(m.until_step, m.shares()) for m in load_config(TINY, [TWO, *overrides]).data.mixtures]
+
+    end = 2**63
+    assert shares() == [(end, [0.75, 0.25])]
+    # what changes nothing is no part of its own, such as a stage of lengths
+    stages = "{until_step: 2, seq_len: 64}, {until_step: 5, weights: {web: 6, made: 2}}, {until_step: 7, weights: "
+    assert shares(f"data.stages=[{stages}{{web: 0, made: 1}}}}]") == [
+        (5, [0.75, 0.25]),
+        (7, [0, 1]),
+        (end, [0.75, 0.25]),
+    ]
+    # the cap looks at what is read: nothing comes after the last step
+    load_config(TINY, [TWO, "data.max_synthetic=0.1", "data.stages=[{until_step: 200, weights: {web: 9, made: 1}}]"])
+    load_config(TINY, [TWO, "data.max_synthetic=0.25"])
+    data = load_config(
+        TINY, ["data.sources=[{path: web}, {path: made, synthetic: true}]", "data.max_synthetic=0.2"]
+    ).data
+    data.check_synthetic(200, [80, 20])
+    with pytest.raises(
+        UserError, match=r"in steps 1 to 200 the synthetic sources have a share of 0.2593 \(made 0.2593"
+    ):
+        data.check_synthetic(200, [80, 28])
+
+
 def test_names_of_sources_are_short_where_they_differ() -> None:
     assert name_sources(["data/web", "s3://bucket/code", "a/long", "b/long"]) == ["web", "code", "a/long", "b/long"]
 

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from megakexue.config import MlaConfig, ModelConfig, load_config
 from megakexue.core.costs import n_parameters
 from megakexue.core.decoder import Cache
-from megakexue.core.describe import cache_bytes_per_token, describe, describe_heads, not_default
+from megakexue.core.describe import cache_bytes_per_token, describe, describe_heads, describe_mixtures, not_default
 from megakexue.core.resolve import resolve_config
 from tests.conftest import Prepared
 from tests.helpers import KINDS, ROOT, SHIPPED, build, load_shipped, positions_of, tiny
@@ -68,6 +68,20 @@ def test_description_names_the_numbers(name: str) -> None:
                     "tiny_mla": ("MLA, 4 of 16 + 16 and values of 32", "MLA of 64 + 16 640 bytes")}[name],
                   ):  # fmt: skip
         assert words in text, words
+
+
+def test_mixtures_by_step() -> None:
+    sources = "data.sources=[{path: web, weight: 3}, {path: made, weight: 1, synthetic: true}]"
+    stages = "data.stages=[{until_step: 9, seq_len: 64}, {until_step: 20, weights: {web: 1, made: 0}}]"
+    given = load_config(ROOT / "configs" / "tiny_gqa.yaml", [sources, stages])
+    lines = describe(given, resolve_config(given), 2)
+    words = "web 75.0%, made 25.0% synthetic until step 9; web 100.0% until step 20; web 75.0%, made 25.0% synthetic"
+    assert f"mixture {words}" in " ".join(lines.split())
+    many = ", ".join(f"{{path: s{i}}}" for i in range(9))
+    data = load_config(ROOT / "configs" / "tiny_gqa.yaml", [f"data.sources=[{many}]"]).data
+    assert describe_mixtures(data, 10) == "by rows"
+    shares = "s8 20.0%, s7 17.8%, s6 15.6%, s5 13.3%, 5 more"
+    assert describe_mixtures(data, 10, range(1, 10)) == shares
 
 
 MORE = {

@@ -108,6 +108,27 @@ def test_of_the_stages_only_those_to_come_may_change(prepared: Prepared, tmp_pat
     check_resume(plain, make_state(0, new), new)
 
 
+def test_of_the_weights_only_those_to_come_may_change(prepared: Prepared, tmp_path: Path) -> None:
+    def config(stages: str, web: int, made: int, *more: str) -> ResolvedConfig:
+        sources = f"data.sources=[{{path: web, weight: {web}}}, {{path: made, weight: {made}}}]"
+        return resolve_config(tiny_config(prepared, tmp_path, sources, f"data.stages=[{stages}]", *more))
+
+    first = "{until_step: 4, weights: {web: 2, made: 2}}"
+    old = make_state(4, config("", 1, 1))
+    with pytest.raises(
+        UserError, match=r"weights of what is to come \[\('end', \[0.5, 0.5\]\)\] -> \[\('end', \[0.75, "
+    ):
+        check_resume(old, make_state(0, new := config(first, 3, 1)), new)
+    check_resume(old, make_state(0, new), config(first, 3, 1, "train.accept_changes=[data.stages]"))
+    # the same in other words is no change
+    check_resume(old, make_state(0, new := config(first, 5, 5)), new)
+    # what is done is a matter of the fingerprint, and the message says how to change what is to come
+    with pytest.raises(
+        UserError, match=r"position means nothing \(to change weights from step 5 on alone, give those be"
+    ):
+        check_resume(old, make_state(0, new := config("", 3, 1), data="others"), new)
+
+
 def test_a_trainer_json_of_another_form_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     config = tiny_config(prepared, tmp_path / "run", "train.steps=2", "evaluate.every_steps=null")
     run_on_ranks(1, train_all, [config])

@@ -9,11 +9,11 @@ from megakexue.config import UserError
 from megakexue.text.manifest import check_inputs, read_manifest
 from megakexue.text.tokenizer import SentencePiece
 from tests.conftest import Prepared
-from tests.helpers import tiny_config
+from tests.helpers import n_rows, tiny_config
 
 
 def test_inputs_that_do_not_fit(prepared: Prepared, tmp_path: Path) -> None:
-    check_inputs(tiny_config(prepared, tmp_path))
+    assert check_inputs(tiny_config(prepared, tmp_path)) == [n_rows(prepared)]
     other = tmp_path / "tokenizer.model"
     other.write_bytes(b"another")
     broken = tmp_path / "broken"
@@ -29,10 +29,12 @@ def test_inputs_that_do_not_fit(prepared: Prepared, tmp_path: Path) -> None:
         f"data.sources=[{{path: {broken}}}]": "cannot read the manifest of prepared data",
         f"data.sources=[{{path: {empty}}}]": "prepare the data again",
         "data.seq_len=128": "data.seq_len=128 does not divide the rows of",
+        f"data.sources=[{{path: {prepared.data}, synthetic: true}}]; data.max_synthetic=0.5": "the synthetic sources "
+        f"have a share of 1 ({prepared.data.name} 1)",
         "model.vocab_size=300": "model.vocab_size=300 is below the 512 pieces of the tokenizer",
     }.items():
         with pytest.raises(UserError) as error:
-            check_inputs(tiny_config(prepared, tmp_path, overrides))
+            check_inputs(tiny_config(prepared, tmp_path, *overrides.split("; ")))
         assert message in str(error.value)
 
 
