@@ -79,8 +79,13 @@ def load_shipped(path: Path, folder: Path, overrides: list[str] | None = None) -
     return load_config(path, [f"train.init_from={bundle_config(folder / 'bundle', model)}", *(overrides or [])])
 
 
-def records(run: Path) -> list[dict[str, Any]]:
+def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The records of steps, but the last line of all, which says what they have read."""
+    return [record for record in lines_of(run) if record["kind"] != "read"]
 
 
 TIMES = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s"}
@@ -88,7 +93,7 @@ TIMES = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s"}
 
 def column(run: Path) -> list[dict[str, Any]]:
     """All that a run recorded but what the clock and the machine decide."""
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in records(run)]
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in lines_of(run)]
 
 
 def losses_near(record: dict[str, Any]) -> dict[str, Any]:

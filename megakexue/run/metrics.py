@@ -145,6 +145,7 @@ class Metrics:
         self._tokens = max((r.tokens for r in kept if isinstance(r, StepRecord)), default=0)
         self._valid = next((r for r in reversed(kept) if isinstance(r, ValidationRecord)), None)
         self._read = next((r for r in reversed(kept) if isinstance(r, ReadRecord)), None)
+        kept = [record for record in kept if not isinstance(record, ReadRecord)]  # `close` writes the one of this start
         self._exports = Counter(record.error is None for record in kept if isinstance(record, ExportRecord))
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
@@ -260,10 +261,8 @@ class Metrics:
         self._write(record, {})
 
     def log_read(self, record: ReadRecord) -> None:
-        """Take note of what was read; a second time for one step, when a save was tried again, is left out."""
-        if record != self._read:
-            self._read = record
-            self._write(record, {})
+        """Take note of what was read up to a step; the last note is said and recorded at the end."""
+        self._read = record
 
     def message(self, text: str) -> None:
         """Print lines above the progress bar; in a log, just print them."""
@@ -294,6 +293,8 @@ class Metrics:
         """Close the files, and say what the run has come to. A second call does nothing."""
         if self._file.closed:
             return
+        if self._read:
+            self._write(self._read, {})
         self._flush()
         self._file.close()
         if self._tensorboard is not None:

@@ -152,7 +152,7 @@ class SourceRead:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadRecord:
-    """What was really read, with each checkpoint."""
+    """What was really read up to a step: the last line of a run that has ended."""
 
     step: int
     sources: dict[str, SourceRead]

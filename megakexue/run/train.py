@@ -408,7 +408,7 @@ def _say_border(run: _Run, step: int) -> None:
 
 
 def _count(run: _Run) -> None:
-    """Bring what `state` says of the data read so far up to its step, and record it: a collective before each save."""
+    """Bring what `state` says of the data read so far up to its step: a collective before each save."""
     read = dict(run.read)
     counts = run.tally.over_ranks(run.engine.device)
     for name, (rows, tokens) in zip(run.config.data.source_names, counts, strict=True):

@@ -20,7 +20,7 @@ from megakexue.dist import ALONE
 from megakexue.run.by_source import RowLosses, add_up
 from megakexue.run.data import Batches
 from megakexue.run.export import export_run
-from megakexue.run.records import SamplesRecord, SourceLoss, StepRecord, ValidationRecord, read_metrics
+from megakexue.run.records import ReadRecord, SamplesRecord, SourceLoss, StepRecord, ValidationRecord, read_metrics
 from megakexue.text.prepare import PrepareArguments, prepare
 from megakexue.text.tokenizer_files import load_tokenizer
 from tests.conftest import Prepared, stdlib_files
@@ -119,6 +119,10 @@ def test_a_run_of_two_sources(prepared: Prepared, tmp_path: Path) -> None:
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
         n_embeddings = sum(event["name"] == "aten::embedding" for event in events)
         assert (trace.name, n_embeddings) == ("steps_3_3.json.gz", 4 if name == "shared" else 2)
+        (read,) = [record for record in records if isinstance(record, ReadRecord)]
+        counts = [(source.rows, source.tokens) for source in read.sources.values()]
+        n_tokens = max(record.tokens for record in of_losses if isinstance(record, StepRecord))
+        assert list(map(sum, zip(*counts))) == [4 * configs[name].train.global_batch_size, n_tokens]
         for record in of_losses:
             assert record.sources.keys() == folders.keys()
             n = sum(source.n_tokens for source in record.sources.values())

@@ -33,6 +33,7 @@ from tests.helpers import (
     ROOT,
     change_trainer,
     column,
+    lines_of,
     losses_near,
     n_rows,
     outcomes,
@@ -184,7 +185,7 @@ def test_a_run_in_stages_resumes_anywhere(prepared: Prepared, tmp_path: Path) ->
     same_bits(tmp_path, 8)
     log = (tmp_path / "straight" / "logs" / "rank_0.log").read_text()
     assert re.findall(r"step (\d): from here on rows of (\d+) tokens", log) == [("4", "32"), ("7", "64")]
-    for got, want in zip(column(tmp_path / "shared"), column(tmp_path / "straight"), strict=True):
+    for got, want in zip(records(tmp_path / "shared"), records(tmp_path / "straight"), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=2e-5)
 
 
@@ -219,10 +220,34 @@ def launch(popen: Popen, prepared: Prepared, run: Path, *overrides: str) -> subp
     return popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def check_reads(run: Path, output: str) -> None:
+    """Compare what `test_launched_run_survives_a_kill` says that it has read with what its steps have had."""
+    last = lines_of(run)[-1]
+    assert (last["kind"], last["step"]) == ("read", 30)
+    by_step = [r["sources"] for r in records(run)]
+    for name, read in last["sources"].items():
+        assert read["tokens"] == sum(sources[name]["n_tokens"] for sources in by_step if name in sources), name
+    rows = [read["rows"] for read in last["sources"].values()]
+    # of 16 rows a step; windows are longer than the run, so shares within it are not exact
+    assert sum(rows) == 30 * 16 and abs(rows[1] - (22 * 4 + 8 * 8)) < 30
+    assert "step 23: from here on data 50.0%, made 50.0% synthetic (data.stages)" in output
+    assert "mixture     data 75.0%, made 25.0% synthetic until step 22; data 50.0%, made" in output
+    assert re.search(rf"\nread        source +rows +tokens  share  epochs  up to step 30\n +data +{rows[0]} ", output)
+    assert re.search(rf"\n +made +{rows[1]} .* synthetic\n +all +480 ", output)
+
+
 @pytest.mark.slow
 def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path, popen: Popen) -> None:
+    arguments = PrepareArguments(seq_len=prepared.seq_len, packing="best_fit", valid_fraction=0.2)
+    prepare([str(stdlib_files(9)[8])], prepared.tokenizer, tmp_path / "made", arguments, processes=1)
+    # another mixture begins between the kill and the end
+    weights = (
+        f"data.sources=[{{path: {prepared.data}, weight: 1}}, {{path: {tmp_path}/made, weight: 1, synthetic: true}}]",
+        "data.stages=[{until_step: 22, weights: {data: 3, made: 1}}]",
+        "data.max_synthetic=0.5",
+    )
     options = ["train.steps=30", "checkpoint.every_steps=5", "engine.zero_stage=3", "evaluate.every_steps=null",
-               "metrics.peak_tflops=null"]  # fmt: skip
+               "metrics.peak_tflops=null", *weights]  # fmt: skip
     killed = launch(popen, prepared, tmp_path / "killed", *options)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
@@ -241,6 +266,9 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path, popen:
     # the same in processes that no launcher has started, and nobody has killed
     run_on_ranks(2, train_all, [tiny_config(prepared, tmp_path / "straight", *options)])
     assert column(tmp_path / "killed") == column(tmp_path / "straight")
+    hashes = [state_hashes(tmp_path / run, 30) for run in ("killed", "straight")]
+    assert all(hashes[0][name] == hashes[1][name] for name in hashes[0] if name != "trainer.json")
+    check_reads(tmp_path / "killed", output_again)
     assert [r["step"] for r in records(tmp_path / "killed")] == list(range(1, 31))
 
     # what the user was told before the first step, and the folder as docs/folders.md shows it
@@ -256,7 +284,8 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path, popen:
     foreign = [line for line in output_again.splitlines() if re.search(r"INFO|WARNING|Warning", line)]
     assert all(re.search(r"\[(launch|runner|real_accelerator)\.py:", line) for line in foreign), foreign
     end = output_again[output_again.index("steps       30 of 30: 30 applied\n") :].splitlines()
-    assert [line.split()[0] for line in end[:6]] == ["steps", "loss", "tokens", "run", "next", "tools/export_model.py"]
+    first = ["steps", "loss", "tokens", "read", "data", "made", "all", "run", "next", "tools/export_model.py"]
+    assert [line.split()[0] for line in end[:10]] == first
     run = tmp_path / "killed"
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "config.yaml", "deepspeed.json", "lock", "logs", "metrics.jsonl", "source.txt",
