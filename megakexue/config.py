@@ -374,7 +374,7 @@ class ModelConfig:
     residual: Literal["deepnorm", "prenorm"] = "deepnorm"
     """deepnorm: x = norm(alpha x + F(x)) (8978, DeepNet); prenorm: x = x + F(norm(x))."""
     deepnorm_recipe: Literal["auto", "paper", "sgd", "adam", "lamb"] = "auto"
-    """Which row of 8978 gives alpha and the initial gain. auto: lamb for tiger, adam for lion and adamw."""
+    """Which row of 8978 gives alpha and the initial gain. auto: lamb for tiger, adam for the others."""
     residual_alpha: float | None = None
     """The alpha of deepnorm. None: from the recipe. A bundle holds it as a number, since it belongs to the weights."""
     branch_gain: float | None = None
@@ -695,18 +695,20 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    name: Literal["tiger", "lion", "adamw"] = "tiger"
+    name: Literal["tiger", "lion", "adamw", "muon"] = "tiger"
+    """Which rule moves the weights. muon is for the matrices of attention and feed-forward (10592, 10739): AdamW moves
+    embedding, head, gains and biases, at the same rate and decay, with betas of 0.9 and 0.95."""
     lr: float | None = None
     """Peak learning rate; the schedule's factor multiplies it. For tiger it is relative: each element of a matrix moves
-    by lr RMS(matrix), each element of a gain by lr / 2 (9512). None: tiger 1e-3, lion and adamw 3e-4."""
+    by lr RMS(matrix), each element of a gain by lr / 2 (9512). None: tiger 1e-3, the others 3e-4."""
     beta1: float | None = None
-    """Decay of the momentum. None: tiger 0.965, which is its only beta; lion 0.95; adamw 0.9."""
+    """Decay of the momentum. None: tiger 0.965 and muon 0.95, each its only beta; lion 0.95; adamw 0.9."""
     beta2: float | None = None
     """None: lion 0.98, adamw 0.95."""
     eps: float = 1e-8
-    """The eps of adamw, and of `embedding: adamw`."""
+    """The eps of adamw, of what muon leaves to it, and of `embedding: adamw`."""
     weight_decay: float | None = None
-    """Decoupled decay of matrices and embeddings. Gains never decay. None: tiger and lion 0.01, adamw 0.1."""
+    """Decoupled decay of matrices and embeddings. Gains never decay. None: tiger and lion 0.01, adamw and muon 0.1."""
     rms_floor: float = 1e-3
     """tiger: a matrix or row with a smaller RMS counts as if it had this RMS. So even one that is all zero learns."""
     embedding: Literal["lazy", "dense", "adamw"] | None = None
@@ -755,11 +757,11 @@ class OptimConfig:
         self._check_schedule()
 
     def _check_rules(self) -> None:
-        """Refuse what the rules of tiger, lion and adamw do not use."""
-        if self.name == "tiger":
-            no_effect(self, "optim.beta2", "optim.name=tiger, whose one beta is optim.beta1: leave it null")
-        if self.name == "adamw":
-            no_effect(self, "optim.embedding", "optim.name=adamw: leave it null")
+        """Refuse what the rule does not use."""
+        if self.name in ("tiger", "muon"):
+            no_effect(self, "optim.beta2", f"optim.name={self.name}, whose one beta is optim.beta1: leave it null")
+        if self.name in ("adamw", "muon"):
+            no_effect(self, "optim.embedding", f"optim.name={self.name}: leave it null")
         if self.embedding != "adamw":
             no_effect(self, "optim.embedding_lr", f"optim.embedding={self.embedding}: use adamw")
         for name in ("accumulate", "momentum_dtype", "rms_floor"):
@@ -770,7 +772,7 @@ class OptimConfig:
             self.accumulate == "gradient" or self.embedding != "adamw",
             "optim.embedding=adamw needs the whole gradient: set optim.accumulate=gradient",
         )
-        if "adamw" not in (self.name, self.embedding):
+        if self.name != "muon" and "adamw" not in (self.name, self.embedding):
             no_effect(self, "optim.eps", f"optim.name={self.name}: leave it at 1e-8")
 
     def _check_schedule(self) -> None:
@@ -796,7 +798,9 @@ class OptimConfig:
         )
 
     def rule(self, role: str) -> str:
-        """Return the rule that moves a parameter of this role of the axis table: tiger, lion or adamw."""
+        """Return the rule that moves a parameter of this role of the axis table: tiger, lion, muon or adamw."""
+        if self.name == "muon" and role != "matrix":
+            return "adamw"
         return "adamw" if role == "embedding" and self.embedding == "adamw" else self.name
 
     def state_dtypes(self, role: str) -> dict[str, str]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from megakexue.launcher import ALONE, Ranks, read_environment, read_ranks
 
 __all__ = [
-    "ALONE", "Ranks", "barrier", "count_over_ranks", "gather", "host_group", "read_environment", "read_ranks",
-    "sequence_swap", "store", "sum_over_ranks",
+    "ALONE", "Ranks", "barrier", "count_over_ranks", "exchange", "gather", "host_group", "read_environment",
+    "read_ranks", "sequence_swap", "store", "sum_over_ranks",
 ]  # fmt: skip
 
 
@@ -64,6 +64,19 @@ def sequence_swap(ranks: Ranks, timeout_s: float) -> Callable[[Tensor], Tensor]:
     timeout = timedelta(seconds=timeout_s)
     group, _ = torch_dist.new_subgroups(ranks.sequence_size, timeout=timeout)
     return lambda x: _Swap.apply(x, group)
+
+
+def exchange(message: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Send the parts of a flat message to the ranks, and return what they have sent to this one, in their order.
+
+    Args:
+        sent, received: elements for each rank, and from each.
+    """
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return message
+    answer = message.new_empty(sum(received))
+    torch_dist.all_to_all_single(answer, message, received, sent)
+    return answer
 
 
 def gather(own: dict[str, Any], group: Any = None) -> dict[str, Any]:

@@ -45,7 +45,7 @@ MAKERS = "tools/export_model.py of a run, or tools/import_hf.py of a Hugging Fac
 class OptimizerInfo:
     """Which optimizer a state belongs to."""
 
-    name: Literal["tiger", "lion", "adamw"]
+    name: Literal["tiger", "lion", "adamw", "muon"]
     embedding: Literal["lazy", "dense", "adamw"] | None
     """`optim.embedding`, resolved."""
     n_updates: int

@@ -16,7 +16,7 @@ from typing import Literal
 
 from megakexue.config import ModelConfig
 
-Role = Literal["matrix", "embedding", "gain", "bias"]
+Role = Literal["matrix", "embedding", "head", "gain", "bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ AXES = {
     "blocks.feed_forward.w_down": Axes(out="m", contracted="f", share=1 / 3),
     "blocks.feed_forward_norm.gain": Axes(out="m", role="gain"),
     "norm.gain": Axes(out="m", role="gain"),
-    "head.weight": Axes(out="v", contracted="m"),
+    "head.weight": Axes(out="v", contracted="m", role="head"),
 }
 """By name, without the number of the block. `entries` says which of them a config has."""
 _GQA = {"blocks.attention.wk", "blocks.attention.wv"}

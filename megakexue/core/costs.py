@@ -49,7 +49,7 @@ def n_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, n_keys: float) -> float:
     """Return the FLOPs of one token's forward and backward when a query sees `n_keys` keys on average."""
     counts = parameter_counts(config)
-    in_products = sum(n for name, n in counts.items() if AXES[name].role == "matrix" and name != "head.weight")
+    in_products = sum(n for name, n in counts.items() if AXES[name].role == "matrix")
     in_products += config.vocab_size * config.d_model
     attention = 2 * config.n_layers * config.n_heads * (config.head_width + config.value_width) * n_keys
     return 6 * in_products + 3 * attention

@@ -1,4 +1,4 @@
-"""The optimizer over segments: Tiger, Lion or AdamW moves the masters of a rank.
+"""The optimizer over segments: Tiger, Lion, AdamW or Muon moves the masters of a rank.
 
 What a rule needs to know of a whole tensor (its RMS, its share of the gradient norm, whether its gradient is finite) is
 a sum of squares. `Sums` holds those of all tensors in one small float64 vector, which the engine adds up over ranks in
@@ -29,9 +29,10 @@ to float32 when they become a rate, so that another order of the sum shows in on
 
 import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby, pairwise, repeat
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from megakexue.config import ResolvedOptim
 from megakexue.core.device import DTYPES
+from megakexue.core.muon import Matrices, update_scale
 from megakexue.core.rules import adamw_step, kernels
 from megakexue.core.segments import Segment, parts_with_padding
 
@@ -134,7 +136,7 @@ class Span:
     elements: slice
     """Of the flat tensor."""
     rule: str
-    """tiger, lion or adamw."""
+    """tiger, lion, muon or adamw."""
     theta: Tensor
     """View of the masters, as all tensors here are flat views of these elements."""
     weights: Tensor | None
@@ -204,13 +206,16 @@ class Optimizer:
         cut_rows: (parameter, row) of every embedding row that is cut between segments anywhere, the same on all ranks.
         weights: for each flat tensor, that of the same elements of the model's weights, which an update writes; None:
             they are the masters.
+        matrices: with Muon, how whole matrices come together.
     """
 
     def __init__(
         self, config: ResolvedOptim, segments: list[Segment], flats: list[Tensor], names: list[str],
         cut_rows: list[tuple[str, int]], weights: list[Tensor | None] | None = None,
+        matrices: Matrices | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.segments, self.names = config, segments, names
+        self.config, self.segments, self.names, self._matrices = config, segments, names, matrices
+        assert (matrices is not None) == (config.name == "muon")
         self.n_updates = 0
         """Updates applied, which AdamW's bias correction counts; fewer than steps after skips. Set by `resume`."""
         self._flats, self._weights = [flat.detach().view(-1) for flat in flats], weights or [None] * len(flats)
@@ -409,12 +414,16 @@ class Optimizer:
             before = [span.theta.clone(), gradient.clone()] if statistics else []
             if name in shrink:
                 self._shrink(span, *shrink[name], new_rows)
+            elif span.rule == "muon":
+                continue  # all of these together, below
             elif span.rule == "adamw":
                 self._move_by_adamw(span, gradient, lr, factor)
             else:
                 self._move_by_sign(span, gradient, rates, factor, new_rows, is_absorbed=window is not None)
             if statistics:
                 table[self.names.index(name)] += _statistics(before[0], span.theta, before[1], factor)
+        if self._matrices is not None:
+            self._move_by_muon(gradients, lr, factor, shrink, table if statistics else None)
         self._weight_rows = new_rows
         return table if statistics else None
 
@@ -450,15 +459,52 @@ class Optimizer:
 
     def _move_by_adamw(self, span: Span, gradient: Tensor, lr: float, factor: Tensor) -> None:
         config, (beta1, beta2) = self.config, self._betas
-        if config.name != "adamw":  # the embedding alone moves by it
-            assert config.embedding_lr is not None
-            lr, beta1, beta2 = lr * config.embedding_lr / config.lr, 0.9, 0.95
+        if config.name != "adamw":  # the embedding alone moves by it, or what is no matrix to Muon
+            beta1, beta2 = 0.9, 0.95
+            lr *= config.embedding_lr / config.lr if config.embedding_lr else 1.0
         adamw_step(
             span.theta, gradient, span.state["exp_avg"], span.state["exp_avg_sq"], span.undecayed, self.n_updates,
             factor, lr=lr, beta1=beta1, beta2=beta2, eps=config.eps, weight_decay=config.weight_decay,
         )  # fmt: skip
         if span.weights is not None:
             span.weights.copy_(span.theta)
+
+    def _move_by_muon(
+        self, gradients: list[Tensor], lr: float, factor: Tensor, shrink: Collection[str], table: Tensor | None
+    ) -> None:
+        """Move all matrices but those that shrink, a collective; add their statistics to the table, if there is one."""
+        assert self._matrices is not None
+        beta, scale = self._scalar(self.config.beta1), self._scale(self.config.beta1, factor)
+        rate, decay = self._scalar(lr), self._scalar(self.config.weight_decay)
+        own = {segment.name: i for i, segment in enumerate(self.segments)}
+
+        def take(name: str) -> Tensor:
+            segment, momentum = self.segments[own[name]], self.state[own[name]]["momentum"]
+            gradient = segment.of(gradients[segment.flat])
+            direction = torch.empty_like(gradient, dtype=self._matrix_dtype)
+            for m, g, d in zip(*(x.split(self._size) for x in (momentum, gradient, direction))):
+                d.copy_(self._kernels["_muon_direction"](m, g, beta, scale))
+            return direction
+
+        def give(name: str, direction: Tensor) -> None:
+            segment, theta = self.segments[own[name]], self.masters[own[name]]
+            weights, before = self._weights[segment.flat], theta.clone() if table is not None else theta
+            of_weights = repeat(None) if weights is None else segment.of(weights).split(self._size)
+            scalars = rate, decay, self._scalar(update_scale(segment.shape))
+            for w, cast, d in zip(theta.split(self._size), of_weights, direction.split(self._size)):
+                self._kernels["_muon"](w, cast, d, *scalars)
+            if table is not None:
+                gradient = segment.of(gradients[segment.flat])
+                table[self.names.index(name)] += _statistics(before, theta, gradient, factor)
+
+        self._matrices.orthogonalise(take, give, dtype=self._matrix_dtype, device=self._device, left_out=shrink)
+
+    @property
+    def _matrix_dtype(self) -> torch.dtype:
+        """What Newton-Schulz computes in: 16 bits where a GPU trains in them, else the masters' own."""
+        weights = self._weights[0]
+        is_half = self._device.type == "cuda" and weights is not None and weights.dtype != self._dtype
+        return torch.bfloat16 if is_half else self._dtype
 
     def _scalar(self, value: float) -> Tensor:
         return torch.full((), value, dtype=self._dtype, device=self._device)

@@ -61,7 +61,7 @@ def resolve(config: ModelConfig, optimizer: str, context: int) -> ResolvedModel:
     if config.residual == "deepnorm":
         recipe: str = config.deepnorm_recipe
         if recipe == "auto":
-            recipe = {"tiger": "lamb", "lion": "adam", "adamw": "adam"}[optimizer]
+            recipe = "lamb" if optimizer == "tiger" else "adam"
         alpha, gain = deepnorm_scales(recipe, config.n_layers)
         branch_gain = gain**2
     else:
@@ -110,9 +110,10 @@ def resolve_optim(config: OptimConfig, tie_embeddings: bool) -> ResolvedOptim:
         "tiger": (1e-3, 0.965, None, 0.01),
         "lion": (3e-4, 0.95, 0.98, 0.01),
         "adamw": (3e-4, 0.9, 0.95, 0.1),
+        "muon": (3e-4, 0.95, None, 0.1),
     }[config.name]
     values: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": decay}
-    if config.name != "adamw":
+    if config.name in ("tiger", "lion"):
         values["embedding"] = "dense" if tie_embeddings else "lazy"
     if config.embedding == "adamw":
         values["embedding_lr"] = 3e-4

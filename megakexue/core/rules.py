@@ -1,4 +1,4 @@
-"""The rules of Tiger, Lion and AdamW, and the kernels that run them in one pass over memory.
+"""The rules of Tiger, Lion, Muon and AdamW, and the kernels that run them in one pass over memory.
 
 A rule is a pure function of tensors of one shape. Its kernel works in place on [units, width], with a rate for each
 unit. The scalars are tensors, so that no step waits for the device.
@@ -46,6 +46,11 @@ def lion_update(
     return theta, absorb(momentum, gradient, beta2, scale2)
 
 
+def muon_step(theta: Tensor, direction: Tensor, lr: Tensor, decay: Tensor, scale: Tensor) -> Tensor:
+    """Return theta - lr (scale direction + decay theta), the direction being orthogonal (megakexue/core/muon.py)."""
+    return theta - (scale * direction.to(theta.dtype) + decay * theta) * lr
+
+
 def squares(x: Tensor) -> Tensor:
     """Return the sum of squares of each unit, float64."""
     return x.double().square().sum(-1)
@@ -78,6 +83,16 @@ def _lion(theta: Tensor, weights: Tensor | None, momentum: Tensor, gradient: Ten
     _put(new, theta, weights)
 
 
+def _muon_direction(momentum: Tensor, gradient: Tensor, beta: Tensor, scale: Tensor) -> Tensor:
+    m = absorb(momentum, gradient, beta, scale)
+    momentum.copy_(m)
+    return absorb(m, gradient, beta, scale)  # Nesterov: as if the gradient came once more
+
+
+def _muon(theta: Tensor, weights: Tensor | None, direction: Tensor, *scalars: Tensor) -> None:
+    _put(muon_step(theta, direction, *scalars), theta, weights)
+
+
 def _put(new: Tensor, theta: Tensor, weights: Tensor | None) -> None:
     theta.copy_(new)
     if weights is not None:
@@ -101,7 +116,7 @@ def kernels(device: torch.device, n_elements: int) -> tuple[dict[str, Callable[.
     Args:
         n_elements: of all masters of this rank.
     """
-    rules = {f.__name__: f for f in (_tiger, _tiger_absorb, _tiger_apply, _lion, squares)}
+    rules = {f.__name__: f for f in (_tiger, _tiger_absorb, _tiger_apply, _lion, _muon_direction, _muon, squares)}
     if device.type == "cuda":
         reason = "compiled: one pass over the state"
     elif n_elements >= COMPILE_FROM and has_compiler():
@@ -117,7 +132,7 @@ def kernels(device: torch.device, n_elements: int) -> tuple[dict[str, Callable[.
 
     compiled = {name: by_size(f) for name, f in rules.items()}
     if device.type == "cpu":
-        compiled |= {name: _cast_after(compiled[name]) for name in ("_tiger", "_tiger_apply", "_lion")}
+        compiled |= {name: _cast_after(compiled[name]) for name in ("_tiger", "_tiger_apply", "_lion", "_muon")}
     return compiled, PIECE, reason
 
 

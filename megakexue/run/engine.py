@@ -41,6 +41,7 @@ from megakexue.core.costs import flops_per_token
 from megakexue.core.decoder import Block, Cache, Decoder, centre, initial_weight
 from megakexue.core.device import DTYPES, find_device, has_compiler
 from megakexue.core.loss import Losses, unit_rows
+from megakexue.core.muon import Matrices
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
 from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
@@ -269,7 +270,8 @@ class Engine:
         of_ranks = dist.gather({str(ranks.rank): cut_rows(self.segments)})
         cut = sorted({row for rows in of_ranks.values() for row in rows})
         tensors = self.segments, layout.flats
-        self.optimizer = Optimizer(config.optim, *tensors, parameter_names(model), cut, layout.shares)
+        matrices = self._matrices() if config.optim.name == "muon" else None
+        self.optimizer = Optimizer(config.optim, *tensors, parameter_names(model), cut, layout.shares, matrices)
         self._sequence: Sequence | None = None
         if ranks.sequence_size > 1:
             swap = dist.sequence_swap(ranks, config.engine.timeout_s)
@@ -281,6 +283,17 @@ class Engine:
         """Of the micro-batches of the last step or validation, for `by_source.add_up`."""
         self.mark: Callable[..., None] = lambda *_: None
         """Is told what phase of a step begins, as `Watch.mark`."""
+
+    def _matrices(self) -> Matrices:
+        """Tell all ranks which elements of matrices each has."""
+        model, ranks = self.config.model, self.ranks
+        shapes = {name: shape(name, model) for name in parameter_names(model) if axes(name).role == "matrix"}
+        own = {s.name: [s.start, s.stop] for s in self.segments}
+        held = torch.zeros(len(shapes), ranks.world_size, 2, dtype=torch.long)
+        held[:, ranks.rank] = torch.tensor([own.get(name, [0, 0]) for name in shapes])
+        held = dist.sum_over_ranks(held.to(self.device)).cpu()
+        limit = self.config.engine.bucket_elements
+        return Matrices(rank=ranks.rank, shapes=shapes, held=held, swap=dist.exchange, limit=limit)
 
     @property
     def is_sharded(self) -> bool:

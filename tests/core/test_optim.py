@@ -3,6 +3,9 @@
 import functools
 import itertools
 import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -18,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megakexue.config import OptimConfig, ResolvedOptim
 from megakexue.core import optim, rules
 from megakexue.core.device import DTYPES
+from megakexue.core.muon import Matrices
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums, _statistics
 from megakexue.core.resolve import resolve_optim
 from megakexue.core.rules import tiger_update
@@ -25,7 +29,7 @@ from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
 
 Tensors = dict[str, Tensor]
-ROLES = {"embedding": "embedding", "gain": "gain", "bias": "gain"}
+ROLES = {"embedding": "embedding", "head": "head", "gain": "gain", "bias": "gain"}
 FLOAT32_BETA = float(np.float32(0.965))
 """A beta that float32 holds exactly, since the betas of a window are float32."""
 
@@ -34,12 +38,46 @@ def make_config(name: Any = "tiger", **settings: Any) -> ResolvedOptim:
     return resolve_optim(OptimConfig(name=name, **{"warmup_steps": 0, "clip": None} | settings), False)
 
 
+class Swap:
+    """The exchange of ranks that are threads, as `dist.exchange` makes it between processes."""
+
+    def __init__(self, n_ranks: int) -> None:
+        self.barrier = threading.Barrier(n_ranks, timeout=60)
+        self.messages: list[list[Tensor]] = [[]] * n_ranks
+        self.n_rounds = 0
+
+    def of_rank(self, rank: int) -> Callable[[Tensor, list[int], list[int]], Tensor]:
+        def swap(message: Tensor, sent: list[int], received: list[int]) -> Tensor:
+            self.messages[rank] = list(message.split(sent))
+            self.n_rounds += rank == 0
+            self.barrier.wait()
+            parts = [of_rank[rank].clone() for of_rank in self.messages]
+            assert [len(part) for part in parts] == received
+            self.barrier.wait()
+            return torch.cat(parts)
+
+        return swap
+
+
+def matrices_of(ranks: list[list[Segment]], weights: Tensors, limit: int) -> list[Matrices]:
+    """What each rank knows of the matrices that Muon moves."""
+    shapes = {name: tuple(w.shape) for name, w in weights.items() if ROLES.get(name, "matrix") == "matrix"}
+    held = torch.zeros(len(shapes), len(ranks), 2, dtype=torch.long)
+    for rank, segments in enumerate(ranks):
+        for s in segments:
+            if s.name in shapes:
+                held[list(shapes).index(s.name), rank] = torch.tensor([s.start, s.stop])
+    swap = Swap(len(ranks))
+    return [Matrices(rank=i, shapes=shapes, held=held, swap=swap.of_rank(i), limit=limit) for i in range(len(ranks))]
+
+
 class Model:
     """Whole tensors, concatenated and cut at `cuts` into the slices of ranks, as under ZeRO 1 and 2."""
 
     def __init__(
-        self, config: ResolvedOptim, weights: Tensors, cuts: tuple[int, ...] = (), dtype: torch.dtype | None = None
-    ) -> None:
+        self, config: ResolvedOptim, weights: Tensors, cuts: tuple[int, ...] = (), dtype: torch.dtype | None = None,
+        limit: int = 20,
+    ) -> None:  # fmt: skip
         self.config, self.shapes = config, {name: tuple(w.shape) for name, w in weights.items()}
         ranks: list[list[Segment]] = []
         for low, high in itertools.pairwise([0, *cuts, sum(w.numel() for w in weights.values())]):
@@ -57,11 +95,12 @@ class Model:
             ranks.append(segments)
         cut = sorted({row for segments in ranks for row in cut_rows(segments)})
         self.ranks = []
-        for segments in ranks:
+        matrices = matrices_of(ranks, weights, limit) if config.name == "muon" else [None] * len(ranks)
+        for segments, of_rank in zip(ranks, matrices):
             flats = self.cut(segments, weights)
             # with a dtype, there are weights beside the masters
             cast = [None if dtype is None else torch.zeros_like(flat, dtype=dtype) for flat in flats]
-            self.ranks.append(Optimizer(config, segments, flats, list(weights), cut, cast))
+            self.ranks.append(Optimizer(config, segments, flats, list(weights), cut, cast, of_rank))
 
     def cut(self, segments: list[Segment], tensors: Tensors) -> list[Tensor]:
         """The flat tensor of a rank."""
@@ -99,11 +138,17 @@ class Model:
         sums, weights = self.gradient_sums(gradients), self.weight_sums()
         scale = self.factor(sums[0]) if factor is None else torch.tensor(factor, dtype=torch.float64)
         rate = lr if lr is not None else self.config.lr
-        found = []
-        for o, s, w in zip(self.ranks, sums, weights):
+
+        def of_rank(rank: tuple[Optimizer, Sums, Sums]) -> Tensor | None:
+            o, s, w = rank
             flats = self.cut(o.segments, gradients)
-            found.append(o.step(flats, w, s, lr=rate, factor=scale, shrink=shrink, statistics=statistics))
-        return found
+            return o.step(flats, w, s, lr=rate, factor=scale, shrink=shrink, statistics=statistics)
+
+        of_ranks = list(zip(self.ranks, sums, weights))
+        if self.config.name != "muon":
+            return [of_rank(rank) for rank in of_ranks]
+        with ThreadPoolExecutor(len(of_ranks)) as threads:  # they wait for one another
+            return list(threads.map(of_rank, of_ranks))
 
     def whole(self, kind: str) -> Tensors:
         """The masters (`theta`) or a state tensor of each parameter that has it."""
@@ -331,7 +376,7 @@ def test_an_all_zero_matrix_or_row_learns() -> None:
 
 
 def test_shrink_draws_to_the_centre_and_leaves_state_alone() -> None:
-    for name in ("tiger", "lion", "adamw"):
+    for name in ("tiger", "lion", "adamw", "muon"):
         model = Model(make_config(name), random_tensors(SHAPES, 0))
         gradients = random_tensors(SHAPES, 1)
         model.step(gradients)
@@ -490,6 +535,7 @@ CUT_CONFIGS = {
     "tiger, embedding by adamw": make_config(lr=0.1, clip="min", embedding="adamw", embedding_lr=0.02),
     "lion": make_config("lion", lr=0.1, clip="min"),
     "adamw": make_config("adamw", lr=0.1, clip="min"),
+    "muon": make_config("muon", lr=0.1, clip="min"),
 }
 
 
@@ -829,7 +875,7 @@ def test_sums_are_of_squares_that_float32_cannot_hold() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["tiger", "lion", "adamw"])
+@pytest.mark.parametrize("name", ["tiger", "lion", "adamw", "muon"])
 def test_gradients_of_half_precision_count_as_their_float32(name: str, dtype: torch.dtype) -> None:
     models = [Model(make_config(name), random_tensors(SHAPES, 0)) for _ in range(2)]
     for step in range(3):
@@ -863,10 +909,11 @@ def test_states_by_rule() -> None:
         (make_config(momentum_dtype="bf16"), {"momentum": bf16}, {"momentum": bf16}),
         (make_config(embedding="adamw", momentum_dtype="bf16"), adamw, {"momentum": bf16}),
         (make_config("lion"), {"momentum": fp32}, {"momentum": fp32}),
-        (make_config("adamw"), adamw, adamw),
-    ):
-        assert config.state_dtypes("embedding") == of_embedding
-        assert config.state_dtypes("matrix") == config.state_dtypes("gain") == of_matrix
+        (make_config("adamw"), adamw, adamw), (make_config("muon"), adamw, {"momentum": fp32}),
+    ):  # fmt: skip
+        of_others = adamw if config.name == "muon" else of_matrix
+        assert config.state_dtypes("embedding") == of_embedding and config.state_dtypes("matrix") == of_matrix
+        assert config.state_dtypes("head") == config.state_dtypes("gain") == of_others
         for o in Model(config, random_tensors(SHAPES, 0), (10, 60)).ranks:
             for s, master, state in zip(o.segments, o.masters, o.state):
                 dtypes = {kind: DTYPES[name] for kind, name in config.state_dtypes(s.role).items()}
@@ -874,7 +921,7 @@ def test_states_by_rule() -> None:
                 assert all(v.shape == master.shape and not v.any() for v in state.values())
 
 
-@pytest.mark.parametrize("name", ["tiger", "lion", "adamw"])
+@pytest.mark.parametrize("name", ["tiger", "lion", "adamw", "muon"])
 @pytest.mark.parametrize("cuts", [(), (3, 50, 99)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics(name: str, cuts: tuple[int, ...], dtype: torch.dtype) -> None:
