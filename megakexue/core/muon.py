@@ -6,10 +6,10 @@
     W <- W - lr (0.2 sqrt(max(rows, columns)) O + decay W)
 
 Newton-Schulz is that of Keller Jordan (kellerjordan.github.io/posts/muon): five times X <- a X + (b A + c A^2) X with
-A = X X^T, from X = D / |D|. It takes singular values from about 1/500 of |D| on to 0.68 ... 1.14, and smaller ones part
-of the way. An orthogonal matrix has an RMS of 1 / sqrt(max(rows, columns)), so with the factor of Moonlight (arXiv
-2502.16982; kexue.fm 10739) the update has an RMS of about 0.2, as AdamW's has, and AdamW's learning rates and decay
-carry over. 10592 is on why.
+A = X X^T, from X = D / |D|. It takes singular values from 1/650 of |D| on to between 0.68 and 1.21, and smaller ones
+part of the way. An orthogonal matrix has an RMS of 1 / sqrt(max(rows, columns)), so with the factor of Moonlight (arXiv
+2502.16982; 10739) the update has an RMS of about 0.2, as AdamW's has, and AdamW's learning rates and decay carry over.
+10592 is on why.
 
 A matrix goes to its owner and back in two exchanges of all ranks, in rounds whose messages are bounded. At stage 0 the
 owner has it already, and the results alone are sent.

@@ -415,7 +415,7 @@ def test_rolled_back_is_as_if_the_steps_since_the_checkpoint_had_been_skipped(
     prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
-    for stage, name in ((1, "tiger"), (3, "adamw")):
+    for stage, name in ((1, "tiger"), (3, "muon")):
         for run, policy, bad in (("rolled_back", "rollback", (1, 5)), ("skipped", "skip", (1, 4, 5))):
             options = [f"engine.zero_stage={stage}", f"guard.on_nonfinite={policy}", "checkpoint.every_steps=3",
                        f"optim.name={name}", "evaluate.every_steps=null"]  # fmt: skip
