@@ -318,7 +318,10 @@ def test_a_model_from_a_bundle(tmp_path: Path) -> None:
         (["train.init_data=continue"], "train.init_data=continue has no effect with train.init_from=null: name a"),
         (["optim.beta2=1"], "optim.beta2=1.0 must be in [0, 1)"),
         (["optim.beta1=-0.1"], "optim.beta1=-0.1 must be in [0, 1)"),
-        (["optim.name=sgd"], "optim.name=sgd must be one of tiger, lion, adamw"),
+        (["optim.name=sgd"], "optim.name=sgd must be one of tiger, lion, adamw, muon"),
+        (["optim.name=muon", "optim.beta2=0.9"], "optim.beta2=0.9 has no effect with optim.name=muon, whose one beta"),
+        (["optim.name=muon", "optim.embedding=adamw"], "optim.embedding=adamw has no effect with optim.name=muon: l"),
+        (["optim.name=muon", "optim.accumulate=momentum"], "optim.accumulate=momentum is for optim.name=tiger, not m"),
         (["optim.rms_floor=0"], "optim.rms_floor=0.0 must be positive"),
         (["optim.embedding=adamw", "optim.embedding_lr=0"], "optim.embedding_lr=0.0 must be positive"),
         (
@@ -465,6 +468,7 @@ def test_mistakes_have_their_message(overrides: list[str], message: str) -> None
         ["optim.accumulate=momentum", "guard.on_spike=rollback", "optim.rms_floor=0.01"],
         ["optim.name=lion", "optim.beta2=0.99", "optim.embedding=adamw"],
         ["optim.name=adamw", "optim.beta2=0.99", "optim.weight_decay=0", "model.tie_embeddings=true"],
+        ["optim.name=muon", "optim.beta1=0.9", "optim.eps=1e-10", "model.tie_embeddings=true"],
         ["guard.on_nonfinite=shrink", "guard.shrink_ratio=0.5", "guard.on_spike=skip", "guard.spike_window=8"],
         ["metrics.statistics_every_steps=null"],
     ],
@@ -490,6 +494,7 @@ def test_numbers_that_are_left_to_the_optimizer() -> None:
     assert numbers(name="lion") == (3e-4, 0.95, 0.98, 0.01, "lazy", None)
     assert numbers(True, name="lion") == (3e-4, 0.95, 0.98, 0.01, "dense", None)
     assert numbers(name="adamw") == numbers(True, name="adamw") == (3e-4, 0.9, 0.95, 0.1, None, None)
+    assert numbers(name="muon") == numbers(True, name="muon") == (3e-4, 0.95, None, 0.1, None, None)
     assert numbers(embedding="adamw") == (1e-3, 0.965, None, 0.01, "adamw", 3e-4)
     assert numbers(name="lion", embedding="adamw", lr=2e-4) == (2e-4, 0.95, 0.98, 0.01, "adamw", 3e-4)
     assert numbers(embedding="adamw", embedding_lr=5e-4) == (1e-3, 0.965, None, 0.01, "adamw", 5e-4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megakexue.dist import barrier, count_over_ranks, gather, host_group, read_ranks, sum_over_ranks
+from megakexue.dist import barrier, count_over_ranks, exchange, gather, host_group, read_ranks, sum_over_ranks
 from tests.ranks import run_on_ranks
 from tests.test_launcher import STARTED
 
@@ -22,20 +22,27 @@ def collectives() -> tuple[Any, ...]:
     total = sum_over_ranks(torch.tensor([1.5, ranks.rank], dtype=torch.float64)).tolist()
     merged = gather({f"rank {ranks.rank}": ranks.rank})
     counts = count_over_ranks([True, ranks.is_first, False], group)
+    n = ranks.rank + 1  # to rank i as many elements as its number, and none to the first
+    found = exchange(torch.full((3,), float(n), dtype=torch.bfloat16), [0, 1, 2], [ranks.rank] * 3).tolist()
     torch.distributed.destroy_process_group()
-    return total, merged, counts
+    return total, merged, counts, found
 
 
 @pytest.mark.slow
 def test_every_rank_gets_the_result_of_a_collective() -> None:
     results = run_on_ranks(3, collectives)
-    assert results == [([4.5, 3.0], {"rank 0": 0, "rank 1": 1, "rank 2": 2}, [3, 1, 0])] * 3
+    found = [result[-1] for result in results]
+    assert found == [[], [1, 2, 3], [1, 1, 2, 2, 3, 3]]
+    assert [result[:-1] for result in results] == [
+        ([4.5, 3.0], {"rank 0": 0, "rank 1": 1, "rank 2": 2}, [3, 1, 0])
+    ] * 3  # fmt: skip
 
 
 def test_collectives_of_a_process_alone() -> None:
     barrier()
     assert gather({"a": 1}) == {"a": 1}
     assert sum_over_ranks(torch.tensor([2.0])).tolist() == [2.0]
+    assert exchange(torch.tensor([2.0]), [1], [1]).tolist() == [2.0]
 
 
 @pytest.mark.slow

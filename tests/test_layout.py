@@ -33,8 +33,8 @@ LEVELS = {
         {"manifest", "prepare"},
     ],
     "core": [
-        {"device", "axes", "sequence", "recompute"},
-        {"costs", "batch", "bases", "attention", "loss", "schedule", "segments", "rules"},
+        {"device", "axes", "sequence", "recompute", "owners"},
+        {"costs", "batch", "bases", "attention", "loss", "schedule", "segments", "rules", "muon"},
         {"resolve", "rope", "optim", "plan"},
         {"decoder"},
         {"describe"},
@@ -99,7 +99,7 @@ def dotted(path: Path) -> str:
 
 ARTICLES = {
     "7469", "8444", "8634", "8823", "8978", "9105", "9473", "9512", "9675", "9698", "9706", "9708", "9736", "9797",
-    "9811", "9812", "9859", "9948", "10091", "10122",
+    "9811", "9812", "9859", "9948", "10091", "10122", "10592", "10739",
 }  # fmt: skip
 """Of 科学空间, by the numbers of their addresses."""
 

@@ -112,3 +112,8 @@ def shape(name: str, config: ModelConfig) -> tuple[int, ...]:
     """Return the shape that the axis table gives a parameter."""
     sizes, table = axis_sizes(config), axes(name)
     return tuple(math.prod(sizes[letter] for letter in side) for side in (table.out, table.contracted) if side)
+
+
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every matrix of attention and feed-forward: what Muon moves."""
+    return {name: shape(name, config) for name in parameter_names(config) if axes(name).role == "matrix"}

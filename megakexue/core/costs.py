@@ -18,7 +18,8 @@ import math
 from typing import Any
 
 from megakexue.config import LOSS_CHUNK, Config, ModelConfig, require
-from megakexue.core.axes import AXES, entries, shape
+from megakexue.core.axes import AXES, entries, matrix_shapes, shape
+from megakexue.core.owners import newton_schulz_flops
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element, by the names of dtypes in configs."""
@@ -53,6 +54,11 @@ def flops_per_token(config: ModelConfig, n_keys: float) -> float:
     in_products += config.vocab_size * config.d_model
     attention = 2 * config.n_layers * config.n_heads * (config.head_width + config.value_width) * n_keys
     return 6 * in_products + 3 * attention
+
+
+def muon_flops(config: ModelConfig) -> int:
+    """Return the FLOPs of Newton-Schulz in a step, of all ranks."""
+    return sum(newton_schulz_flops(shape) for shape in matrix_shapes(config).values())
 
 
 def product_shapes(config: ModelConfig, n_rows: int) -> list[tuple[int, int, int]]:
@@ -204,6 +210,8 @@ def moments(
     if config.engine.zero_stage == 3:  # the head's gradient is copied, and those of a block wait; its weights are gone
         reduction = _plus(top, {"buckets": head + w * block_elements(model), "gathered": -head})
         found["in the first reduction"] = reduction | {"activations": kept - kept // model.n_layers, "work": 0}
+    if config.optim.name == "muon":
+        found["in the exchange of matrices"] = _in_the_exchange(config, world_size, held)
     return found | _at_the_end(config, world_size, held, ends, reduced, kept)
 
 
@@ -274,6 +282,20 @@ def _at_the_end(
     else:
         more = {"gradients": all_gradients + w * n // world_size, "buckets": w * config.engine.bucket_elements}
     return moments | {"in the reduction": state | more}
+
+
+def _in_the_exchange(config: Config, world_size: int, held: Parts) -> Parts:
+    """Return what a rank holds while Muon's matrices are at their owners: two messages, and Newton-Schulz of one."""
+    stage, w, n = config.engine.zero_stage, WIDTHS[config.engine.dtype], n_parameters(config.model)
+    sizes = sorted(matrix_shapes(config.model).values(), key=math.prod)
+    largest, of_all = math.prod(sizes[-1]), sum(math.prod(size) for size in sizes)
+    message = max(largest, min(config.engine.bucket_elements, of_all // world_size))
+    answer = message if stage else max(largest * world_size, min(config.engine.bucket_elements, of_all))
+    work = w * (message + answer + 3 * largest + 2 * min(sizes[-1]) ** 2)
+    if stage == 3:
+        return held | {"work": work}
+    state = model_state_bytes(config, world_size)
+    return state | {"gradients": w * n // (world_size if stage else 1), "work": work}
 
 
 def _activations(config: Config, n_tokens: int, is_compiled: bool) -> tuple[int, int, int]:

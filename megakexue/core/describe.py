@@ -10,7 +10,7 @@ from typing import Any
 from unicodedata import east_asian_width
 
 from megakexue.config import Config, DataConfig, ModelConfig, ResolvedConfig, ResolvedModel
-from megakexue.core.costs import flops_per_token, model_state_bytes, n_parameters
+from megakexue.core.costs import flops_per_token, model_state_bytes, muon_flops, n_parameters
 from megakexue.core.rope import base_notes
 
 N_SHOWN = 4
@@ -112,6 +112,7 @@ def describe(
     rope = f"rope base {model.rope.base:.6g} on {model.rotary_width} of {model.head_width}"
     if model.rope.extension:
         rope += f", {model.rope.extension} from {model.rope.trained_context} to {model.rope.context} tokens"
+    more_flops = muon_flops(model) / config.batch_tokens / flops if config.optim.name == "muon" else 0.0
     texts = {
         "model": f"{n:,} parameters, {flops:.4g} FLOP per token",
         "scales": f"{model.residual} alpha {model.residual_alpha:.4g}, {model.attention.scale} on "
@@ -120,7 +121,8 @@ def describe(
         + "".join(
             f"; cut to {stage.seq_len} until step {stage.until_step}" for stage in config.data.stages if stage.seq_len
         ),
-        "budget": f"{train.steps:,} steps, {tokens:,} tokens, {tokens / n:.1f} a parameter, {tokens * flops:.3g} FLOP",
+        "budget": f"{train.steps:,} steps, {tokens:,} tokens, {tokens / n:.1f} a parameter, {tokens * flops:.3g} FLOP"
+        + f", {more_flops:.1%} more for Newton-Schulz" * (more_flops > 0),
         "state": f"ZeRO-{stage} {config.engine.dtype}, {sum(state.values()):,.1f} MiB a rank: "
         + ", ".join(f"{name} {size:,.1f}" for name, size in state.items()),
     }

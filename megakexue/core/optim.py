@@ -223,6 +223,8 @@ class Optimizer:
         """The view of each segment."""
         self._device, self._dtype = self._flats[0].device, self._flats[0].dtype
         self._kernels, self._size, self.kernel_reason = kernels(self._device, sum(m.numel() for m in self.masters))
+        if matrices is not None:
+            self.kernel_reason += f"; Newton-Schulz in {str(self._matrix_dtype).removeprefix('torch.')}"
         self._betas = (config.beta1, config.beta2 or 0.0)  # Tiger has one
         ordered = sorted(segments, key=lambda s: (s.flat, s.offset))
         groups = [list(g) for _, g in groupby(ordered, key=lambda s: (s.flat, config.rule(s.role)))]

@@ -7,7 +7,8 @@ Of a micro-batch of n tokens on one GPU, forward and backward:
     elementwise  bytes of norms, SwiGLU, rotation, residuals and the loss, at the rate of copies
     launches     if the host needs longer to start the kernels than the GPU for all of the above, that time counts
 
-and once a step the optimizer's pass over this rank's share, and communication. A collective of S bytes takes the longer
+and once a step the optimizer's pass over this rank's share (with Muon, Newton-Schulz of the rank that has most of it,
+as products), and communication. A collective of S bytes takes the longer
 of two times, S / (rate of a GPU inside its node) and S / (rate of a node), and a latency that grows with the nodes. In
 our engine stages 0 to 2 do not overlap communication with computation (`overlap_comm` is off), and stage 3 does.
 
@@ -17,8 +18,9 @@ our engine stages 0 to 2 do not overlap communication with computation (`overlap
     2        k w N + w N           reduce each micro-batch, gather
     3        k (w N + w N or 2 w N)  reduce each micro-batch; gather forward, and again backward above 1e9 parameters
 
-Ranks that share rows also exchange in each layer what attention takes and gives (`_exchanged_per_token`). Nothing hides
-that.
+Muon sends directions to the owners of matrices and results back, from a GPU w / R bytes an element of them each way (at
+stage 0: nothing there, w back). Ranks that share rows exchange in each layer what attention takes and gives
+(`_exchanged_per_token`). Nothing hides either.
 
 What must stay true: every constant has a name and a source, and is the same for all models. What the plan is worth is
 in docs/scale.md, beside published throughputs.
@@ -29,6 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megakexue.config import LOSS_CHUNK, MAX_CONTEXT, Config, require
+from megakexue.core.axes import matrix_shapes
 from megakexue.core.costs import (
     LIVE_ELEMENTS,
     WIDTHS,
@@ -40,6 +43,7 @@ from megakexue.core.costs import (
     peak_memory,
     tile_of,
 )
+from megakexue.core.owners import largest_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +272,20 @@ def _communication(config: Config, cluster: Cluster, n_micro: int) -> tuple[floa
     return cluster.collective_s((n_reductions + 1) * w * n, n_reductions * n_buckets + 1), 0.0
 
 
+def _muon_s(config: Config, cluster: Cluster) -> tuple[float, float]:
+    """Return the seconds of Newton-Schulz in a step, and those in which matrices go to their owners and back."""
+    if config.optim.name != "muon":
+        return 0.0, 0.0
+    shapes, n_gpus, gpu = matrix_shapes(config.model), cluster.n_gpus, cluster.gpu
+    seconds = largest_flops(shapes, n_gpus) / (gpu.products * SHAPES * 1e12)
+    n, bucket = sum(math.prod(size) for size in shapes.values()), config.engine.bucket_elements
+    is_sharded = config.engine.zero_stage > 0
+    per_gpu = WIDTHS[config.engine.dtype] * (2 * n / n_gpus if is_sharded else n) * (n_gpus - 1) / n_gpus
+    rate = gpu.nvlink * NVLINK if cluster.n_nodes == 1 else (cluster.nic_gbit or gpu.nic_gbit) / 8 * NETWORK
+    n_rounds = math.ceil(n / bucket / (n_gpus if is_sharded else 1))
+    return seconds, per_gpu / (rate * 1e9) + 2 * n_rounds * LATENCY_S * cluster.n_nodes * (n_gpus > 1)
+
+
 def _tail_bytes(config: Config, world_size: int) -> float:
     """Return what the end of a step moves: gradients put together, squared and used, state and masters, weights."""
     n, w, stage = n_parameters(config.model), WIDTHS[config.engine.dtype], config.engine.zero_stage
@@ -293,10 +311,14 @@ def plan(config: Config, cluster: Cluster, *, document: int | None = None, is_co
     launches = n_micro * _launches(config, is_compiled) * LAUNCH_S
     compute = max(sum(device) / SUSTAINED, launches)
     waits, hidden = _communication(config, cluster, n_micro)
+    newton_schulz, matrices = _muon_s(config, cluster)
     parts = dict(zip(("products", "attention", "elementwise"), device)) | {
         "gaps": compute - sum(device),
-        "optimizer": _tail_bytes(config, cluster.n_gpus) / (gpu.hbm * 1e12 * HBM),
-        "communication": waits + _exchange_s(config, cluster, n_micro) + max(0.0, hidden - OVERLAP * compute),
+        "optimizer": _tail_bytes(config, cluster.n_gpus) / (gpu.hbm * 1e12 * HBM) + newton_schulz,
+        "communication": waits
+        + matrices
+        + _exchange_s(config, cluster, n_micro)
+        + max(0.0, hidden - OVERLAP * compute),
         "stragglers": compute * STRAGGLERS * math.log2(cluster.n_nodes),
     }
     keys = n_keys(t, document)

@@ -35,7 +35,7 @@ from torch import Tensor
 from megakexue import dist
 from megakexue.config import EngineConfig, ResolvedConfig, Status, require
 from megakexue.core.attention import choose_backend
-from megakexue.core.axes import axes, parameter_names, shape
+from megakexue.core.axes import axes, matrix_shapes, parameter_names, shape
 from megakexue.core.batch import Batch
 from megakexue.core.costs import flops_per_token
 from megakexue.core.decoder import Block, Cache, Decoder, centre, initial_weight
@@ -286,8 +286,7 @@ class Engine:
 
     def _matrices(self) -> Matrices:
         """Tell all ranks which elements of matrices each has."""
-        model, ranks = self.config.model, self.ranks
-        shapes = {name: shape(name, model) for name in parameter_names(model) if axes(name).role == "matrix"}
+        shapes, ranks = matrix_shapes(self.config.model), self.ranks
         own = {s.name: [s.start, s.stop] for s in self.segments}
         held = torch.zeros(len(shapes), ranks.world_size, 2, dtype=torch.long)
         held[:, ranks.rank] = torch.tensor([own.get(name, [0, 0]) for name in shapes])

@@ -27,7 +27,7 @@ from megakexue.config import (
     load_config,
 )
 from megakexue.core.attention import Layout
-from megakexue.core.axes import entries, shape
+from megakexue.core.axes import entries, matrix_shapes, shape
 from megakexue.core.batch import Batch
 from megakexue.core.costs import (
     PERSISTENT_ELEMENTS,
@@ -74,8 +74,10 @@ def test_state_bytes_by_stage() -> None:
     config = load_config(ROOT / "configs" / "tiny_gqa.yaml", ["engine.dtype=bf16"])
     n = n_parameters(config.model)
     embedding = config.model.vocab_size * config.model.d_model
+    matrices = sum(math.prod(shape) for shape in matrix_shapes(config.model).values())
     settings = {("optim.name=adamw",): 8 * n, ("optim.name=lion",): 4 * n, ("optim.momentum_dtype=bf16",): 2 * n,
-                ("optim.name=tiger", "optim.embedding=adamw"): 4 * n + 4 * embedding}  # fmt: skip
+                ("optim.name=tiger", "optim.embedding=adamw"): 4 * n + 4 * embedding,
+                ("optim.name=muon",): 8 * n - 4 * matrices}  # fmt: skip
     for options, state in settings.items():
         totals = []
         for stage in range(4):
@@ -225,7 +227,8 @@ def test_memory_of_what_a_config_can_choose() -> None:
         Case(dtype="fp32", recompute="block", **wide), Case(stage=2, mla=MLA, **wide),
         Case(stage=3, recompute="block", residual="prenorm", **wide),
         Case(stage=3, dtype="fp32", recompute="product", **wide), Case(stage=2, recompute="block", **wide),
-        Case(stage=2, optimizer="adamw", t=16, rows=1), Case(stage=1, accumulate="momentum", t=64, m=128),
+        Case(stage=2, optimizer="adamw", t=16, rows=1), Case(optimizer="muon", dtype="fp32", t=16, rows=1),
+        Case(stage=1, accumulate="momentum", t=64, m=128),
         Case(tile=64, rows=1, t=512), Case(tile=64, rows=1, t=512, n_shared=2, mla=MLA, residual="prenorm"),
         Case(stage=3, tile=64, rows=1, t=512, n_shared=2, recompute="block"),
     ])  # fmt: skip
@@ -286,6 +289,19 @@ def test_parts_grow_with_what_they_are_made_of() -> None:
         assert all(many[name] < few[name] for name in few) == (stage > 0)
         rows = [sum(peak_memory(staged, 8, n_rows=n)[1].values()) for n in (1, 2, 4)]
         assert rows == sorted(rows)
+
+
+def test_messages_of_muon_are_bounded() -> None:
+    config = load_config(ROOT / "configs" / "7b_from_1b.yaml", ["optim.name=muon"])
+    largest, m = 4096 * 11008, 4096
+    work = []
+    for stage, n, bucket in ((1, 8, 50_000_000), (3, 8, 10**9), (3, 64, 10**9), (0, 8, 1000)):
+        staged = dataclasses.replace(
+            config, engine=dataclasses.replace(config.engine, zero_stage=stage, bucket_elements=bucket)
+        )
+        work.append(moments(staged, n)["in the exchange of matrices"]["work"] // 2 - 3 * largest - 2 * m * m)
+    of_all = sum(math.prod(shape) for shape in matrix_shapes(config.model).values())
+    assert work == [2 * 50_000_000, 2 * (of_all // 8), 2 * (of_all // 64), 9 * largest]
 
 
 def test_the_run_on_a_gpu_that_was_measured() -> None:

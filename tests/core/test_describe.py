@@ -1,5 +1,6 @@
 """The formulas against the module's own sum and torch's flop counter."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ MORE = {
 def test_the_first_screen_fits_a_terminal(path: Path, tmp_path: Path) -> None:
     folder = "/mnt/数据/" + "long_name/" * 12
     many = [f"data.tokenizer={folder}tokenizer.model", f"data.sources=[{{path: {folder}data}},{{path: data/web2}}]",
-            f"train.run={folder}run", "optim.name=lion", "optim.clip=smooth", "guard.on_nonfinite=shrink",
+            f"train.run={folder}run", "optim.name=muon", "optim.clip=smooth", "guard.on_nonfinite=shrink",
             "guard.on_spike=rollback", "metrics.every_steps=10", "checkpoint.keep_every=1000", "engine.timeout_s=600",
             "metrics.tensorboard=false", "checkpoint.every_steps=100", "data.n_prefetch=4"]  # fmt: skip
     for overrides in ([], many):
@@ -111,6 +112,7 @@ def test_the_first_screen_fits_a_terminal(path: Path, tmp_path: Path) -> None:
         n_said = sum("=" in word for line in lines[: labels.index("model") + 9] for word in line.split())
         assert n_said >= 5
     assert "more: config.yaml" in " ".join(lines)
+    assert re.search(r" FLOP, \d+\.\d% more for Newton-Schulz", re.sub(r"\s+", " ", " ".join(lines)))
 
 
 def test_a_path_that_is_longer_than_a_line_is_whole() -> None:

@@ -1,6 +1,7 @@
 """The plan against throughputs that others published, and against what it must do by arithmetic."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,8 @@ from megakexue.config import (
     UserError,
     load_config,
 )
-from megakexue.core.costs import peak_memory
+from megakexue.core.axes import matrix_shapes
+from megakexue.core.costs import flops_per_token, muon_flops, peak_memory
 from megakexue.core.plan import (
     GPUS,
     LONG_ROWS,
@@ -161,6 +163,24 @@ def test_stages_send_what_they_must() -> None:
     whole = dataclasses.replace(slow, nic_gbit=2.5)
     more = [plan(changed(config, zero_stage=stage), whole).parts["communication"] for stage in (0, 3)]
     assert 8 * more[0] < more[1] < 12 * more[0]
+
+
+def test_what_muon_adds() -> None:
+    config = load_config(ROOT / "configs" / "7b_from_1b.yaml", ["optim.name=adamw"])
+    muon = dataclasses.replace(config, optim=OptimConfig(name="muon"))
+    flops = muon_flops(config.model)
+    assert flops / config.batch_tokens / flops_per_token(config.model, 2048) == pytest.approx(0.02, rel=0.5)
+    for n_gpus, stage in ((8, 1), (64, 3), (8, 0)):
+        cluster = Cluster(gpu=GPUS["h100"], n_gpus=n_gpus)
+        plans = [plan(changed(c, zero_stage=stage), cluster).parts for c in (config, muon)]
+        more = plans[1]["optimizer"] - plans[0]["optimizer"]
+        assert more == pytest.approx(flops / n_gpus / 720e12, rel=0.15), n_gpus  # shared out among owners
+        sent = plans[1]["communication"] - plans[0]["communication"]
+        n = sum(math.prod(size) for size in matrix_shapes(config.model).values())
+        per_gpu = 2 * n * (1 if stage == 0 else 2 / n_gpus)
+        assert sent == pytest.approx(per_gpu * 7 / 8 / (360e9 if n_gpus == 8 else 40e9), rel=0.2), n_gpus
+    alone = [plan(changed(c, zero_stage=1), Cluster(gpu=GPUS["h100"], n_gpus=1)).parts for c in (config, muon)]
+    assert alone[0]["communication"] == alone[1]["communication"] == 0
 
 
 def test_what_makes_a_step_longer() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megakexue.config import ResolvedRope, RopeConfig
+from megakexue.config import ModelConfig, ResolvedRope, RopeConfig
 from megakexue.core.resolve import deepnorm_scales, resolve
 from tests.helpers import tiny
 
@@ -32,6 +32,13 @@ def test_deepnorm_table(n_layers: int) -> None:
     ):
         a, gain = deepnorm_scales(recipe, n_layers)
         assert gain**power / a == pytest.approx(condition)
+
+
+def test_the_row_of_each_optimizer() -> None:
+    # an update that does not depend on the gradient's size, nor on the weights', is in the row of Adam: Muon's too
+    given = ModelConfig(vocab_size=97, d_model=48, n_layers=3, n_heads=6, d_ff=80)
+    alphas = {name: resolve(given, name, 64).residual_alpha for name in ("tiger", "lion", "adamw", "muon")}
+    assert alphas == {"tiger": 1.0, "lion": 6**0.5, "adamw": 6**0.5, "muon": 6**0.5}
 
 
 def test_resolved_scales_are_numbers_and_given_ones_are_kept() -> None:
