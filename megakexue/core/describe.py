@@ -114,15 +114,15 @@ def describe(
         rope += f", {model.rope.extension} from {model.rope.trained_context} to {model.rope.context} tokens"
     more_flops = muon_flops(model) / config.batch_tokens / flops if config.optim.name == "muon" else 0.0
     texts = {
-        "model": f"{n:,} parameters, {flops:.4g} FLOP per token",
+        "model": f"{n:,} parameters, {flops:.4g} FLOP per token"
+        + f", {more_flops:.1%} more for Muon" * (more_flops > 0),
         "scales": f"{model.residual} alpha {model.residual_alpha:.4g}, {model.attention.scale} on "
         f"{model.attention.softmax_scale:.4g}, {rope}",
         "batch": f"{train.global_batch_size} rows x {config.data.seq_len} = {config.batch_tokens:,} tokens: {ranks}"
         + "".join(
             f"; cut to {stage.seq_len} until step {stage.until_step}" for stage in config.data.stages if stage.seq_len
         ),
-        "budget": f"{train.steps:,} steps, {tokens:,} tokens, {tokens / n:.1f} a parameter, {tokens * flops:.3g} FLOP"
-        + f", {more_flops:.1%} more for Newton-Schulz" * (more_flops > 0),
+        "budget": f"{train.steps:,} steps, {tokens:,} tokens, {tokens / n:.1f} a parameter, {tokens * flops:.3g} FLOP",
         "state": f"ZeRO-{stage} {config.engine.dtype}, {sum(state.values()):,.1f} MiB a rank: "
         + ", ".join(f"{name} {size:,.1f}" for name, size in state.items()),
     }

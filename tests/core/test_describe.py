@@ -1,6 +1,5 @@
 """The formulas against the module's own sum and torch's flop counter."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from rich.cells import cell_len
 
 from megakexue.config import MlaConfig, ModelConfig, load_config
-from megakexue.core.costs import n_parameters
+from megakexue.core.axes import matrix_shapes
+from megakexue.core.costs import flops_per_token, n_parameters
 from megakexue.core.decoder import Cache
 from megakexue.core.describe import cache_bytes_per_token, describe, describe_heads, describe_mixtures, not_default
 from megakexue.core.resolve import resolve_config
@@ -100,7 +100,7 @@ MORE = {
 def test_the_first_screen_fits_a_terminal(path: Path, tmp_path: Path) -> None:
     folder = "/mnt/数据/" + "long_name/" * 12
     many = [f"data.tokenizer={folder}tokenizer.model", f"data.sources=[{{path: {folder}data}},{{path: data/web2}}]",
-            f"train.run={folder}run", "optim.name=muon", "optim.clip=smooth", "guard.on_nonfinite=shrink",
+            f"train.run={folder}run", "optim.name=lion", "optim.clip=smooth", "guard.on_nonfinite=shrink",
             "guard.on_spike=rollback", "metrics.every_steps=10", "checkpoint.keep_every=1000", "engine.timeout_s=600",
             "metrics.tensorboard=false", "checkpoint.every_steps=100", "data.n_prefetch=4"]  # fmt: skip
     for overrides in ([], many):
@@ -112,7 +112,18 @@ def test_the_first_screen_fits_a_terminal(path: Path, tmp_path: Path) -> None:
         n_said = sum("=" in word for line in lines[: labels.index("model") + 9] for word in line.split())
         assert n_said >= 5
     assert "more: config.yaml" in " ".join(lines)
-    assert re.search(r" FLOP, \d+\.\d% more for Newton-Schulz", re.sub(r"\s+", " ", " ".join(lines)))
+
+
+def test_what_muon_costs_is_said() -> None:
+    given = load_config(SHIPPED[0].parent / "tiny_gqa.yaml", ["optim.name=muon"])
+    config = resolve_config(given)
+    text = describe(given, config, 1, MORE)
+    # 20 rows^2 columns + 10 rows^3 of each matrix, once in 4,096 tokens
+    more = sum(20 * min(s) ** 2 * max(s) + 10 * min(s) ** 3 for s in matrix_shapes(config.model).values())
+    share = more / (4096 * flops_per_token(config.model, 128.5))
+    assert f"FLOP per token, {share:.1%} more for Muon\n" in text and 0.05 < share < 0.1
+    assert len(text.splitlines()) <= 20
+    assert "Muon" not in describe(given, resolve_config(load_config(SHIPPED[0])), 1)
 
 
 def test_a_path_that_is_longer_than_a_line_is_whole() -> None:
