@@ -22,6 +22,11 @@ def python_with_lm_eval(config: pytest.Config) -> Path:
     return _python_with(config, "lm_eval", "lm_eval>=0.4.13,<0.5", "accelerate>=1", "huggingface-hub<1")
 
 
+def python_with_sinks(config: pytest.Config) -> Path:
+    """Services that few users have, and a hundred megabytes: 40 s to install, which no start of a test should take."""
+    return _python_with(config, "sinks", "wandb>=0.19", "mlflow-skinny>=2.20")
+
+
 def _python_with(config: pytest.Config, name: str, *packages: str) -> Path:
     """Return the Python that MEGAKEXUE_NAME names, or that of an environment in pytest's cache, made at the first call.
 

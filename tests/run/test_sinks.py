@@ -1,16 +1,20 @@
-"""Where records go beside the files: on disk with the real packages, and what a lost service costs."""
+"""Where records go beside the files: on disk with the real packages, and what a lost service costs.
 
+The packages are in an environment of their own, whose Python runs sink_checks.py.
+"""
+
+import json
+import subprocess
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megakexue.config import MetricsConfig, MlflowConfig, UserError, WandbConfig
+from megakexue.config import MlflowConfig, UserError, WandbConfig
 from megakexue.run import sinks
-from megakexue.run.metrics import Metrics
 from megakexue.run.sinks import Opened, Record, Sink
-from tests.helpers import make_record
+from tests.environments import python_with_sinks
+from tests.helpers import ROOT
 from tests.programs import run_python
 
 
@@ -71,51 +75,30 @@ except UserError as error:
         MlflowConfig(experiment=" ")
 
 
-def write_twice(run: Path, config: MetricsConfig) -> None:
-    """Five steps, and a resume after step 3 to step 6."""
-    for steps, resume_step in ((range(1, 6), 0), (range(4, 7), 3)):
-        with Metrics(run, config, n_steps=6, resume_step=resume_step) as metrics:
-            for step in steps:
-                metrics.log_step(make_record(step, loss=10.0 - step))
-            metrics.log_validation(steps[-1], 2.0, 64, 0.5)
-            metrics.log_samples(steps[-1], ["def f("], ["x):"])
+def checked(config: pytest.Config, what: str, folder: Path) -> tuple[str, list[str]]:
+    """Run a check of sink_checks.py; return what the run said, and what there is after it."""
+    command = [str(python_with_sinks(config)), "-m", "tests.run.sink_checks", what, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    *said, found = done.stdout.splitlines()
+    return "\n".join(said), json.loads(found)
 
 
 @pytest.mark.slow
-def test_mlflow_on_disk_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    pytest.importorskip("mlflow", reason="not installed: pip install 'megakexue[mlflow]'")
-    from mlflow import MlflowClient
-
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("train: {steps: 6}\n")
-    uri = (tmp_path / "store").as_uri()
-    config = MetricsConfig(tensorboard=False, mlflow=MlflowConfig(experiment="mine", uri=uri))
-    write_twice(run, config)
-    assert "WARNING" not in capsys.readouterr().out
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("mine")
-    assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert (found.info.run_id, found.info.status) == ((run / "mlflow.id").read_text(), "FINISHED")
-    history = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "train/loss")}
-    assert history == {step: 10.0 - step for step in range(1, 7)}
-    assert found.data.metrics["valid/bits_per_byte"] == 0.5
-    assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"config.yaml", "samples"}
-    # a server that is not there
-    nowhere = MetricsConfig(tensorboard=False, mlflow=MlflowConfig(experiment="mine", uri="http://127.0.0.1:1"))
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with Metrics(tmp_path / "lost", nowhere, n_steps=1, resume_step=0) as metrics:
-        metrics.log_step(make_record(1))
-    assert capsys.readouterr().out.count("WARNING: metrics.mlflow gets no more records in this start: ") == 1
+def test_mlflow_on_disk_goes_on_with_the_same_run(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    said, found = checked(pytestconfig, "mlflow", tmp_path)
+    first, lost = said.split("a server that is not there\n")
+    assert "WARNING" not in first
+    own_id = (tmp_path / "run" / "mlflow.id").read_text()
+    losses = {str(step): 10.0 - step for step in range(1, 7)}
+    assert found == [[own_id, "FINISHED"], losses, 0.5, ["config.yaml", "samples"]]
+    assert lost.count("WARNING: metrics.mlflow gets no more records in this start: ") == 1
 
 
 @pytest.mark.slow
-def test_wandb_offline_goes_on_with_the_same_run(tmp_path: Path, capsys: Any) -> None:
-    pytest.importorskip("wandb", reason="not installed: pip install 'megakexue[wandb]'")
-    write_twice(tmp_path, MetricsConfig(tensorboard=False, wandb=WandbConfig(project="p", mode="offline")))
-    assert "WARNING" not in capsys.readouterr().out
+def test_wandb_offline_goes_on_with_the_same_run(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    said, _ = checked(pytestconfig, "wandb", tmp_path)
+    assert "WARNING" not in said
     own_id = (tmp_path / "wandb.id").read_text()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{own_id}.wandb"] * 2
