@@ -896,7 +896,8 @@ class MetricsConfig:
     """The same for MLflow, such as {experiment: mine, uri: 'http://host:5000'}: `pip install 'megakexue[mlflow]'`."""
     statistics_every_steps: int | None = 100
     """Every so many steps, statistics of each tensor are recorded: the RMS of its weights, its update and its gradient,
-    and how well the directions of the last two agree. None: off."""
+    and how well the directions of the last two agree; and of each layer the entropy of attention and its largest logit.
+    None: off."""
     profile_steps: list[int] = field(default_factory=list)
     """[first, last]: rank 0 writes a trace of these steps by torch's profiler into the folder `profile` of the run. Two
     or three are enough, after the first ones, which compile. []: off."""

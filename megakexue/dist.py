@@ -12,7 +12,8 @@ from torch import Tensor
 from megakexue.launcher import ALONE, Ranks, read_environment, read_ranks
 
 __all__ = [
-    "ALONE", "Ranks", "barrier", "count_over_ranks", "exchange", "gather", "host_group", "read_environment",
+    "ALONE", "Ranks", "barrier", "count_over_ranks", "exchange", "gather", "host_group", "max_over_ranks",
+    "read_environment",
     "read_ranks", "sequence_swap", "store", "sum_over_ranks",
 ]  # fmt: skip
 
@@ -21,6 +22,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Add a small tensor over all ranks, in place; every rank gets the same bits."""
     if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
         torch_dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Take the largest of all ranks, in place."""
+    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+        torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
     return values
 
 

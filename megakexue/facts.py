@@ -57,10 +57,15 @@ def host_facts(config: Config) -> dict[str, str]:
         {f"code {path.relative_to(ROOT)}": _short_hash(path) for path in sorted((ROOT / "megakexue").rglob("*.py"))}
         | {f"config {key}": str(value) for key, value in _flat(dataclasses.asdict(config)).items()}
         | {name: _short_hash(path) for name, path in files.items()}
-        | {f"version {name}": version for name in PACKAGES if (version := _version(name))}
-        | {"version Python": platform.python_version(), "version machine": platform.machine()}
+        | {f"version {name}": version for name, version in versions().items()}
+        | {"version machine": platform.machine()}
         | {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
     )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and those packages that are installed."""
+    return {name: v for name in PACKAGES if (v := _version(name))} | {"Python": platform.python_version()}
 
 
 def digest(facts: Mapping[str, str]) -> str:

@@ -88,7 +88,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [record for record in lines_of(run) if record["kind"] != "read"]
 
 
-TIMES = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s"}
+TIMES = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s", "times"}
 
 
 def column(run: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ LEVELS = {
         {"manifest", "prepare"},
     ],
     "core": [
-        {"device", "axes", "sequence", "recompute", "owners"},
+        {"device", "axes", "sequence", "recompute", "owners", "entropy"},
         {"costs", "batch", "bases", "attention", "loss", "schedule", "segments", "rules", "muon"},
         {"resolve", "rope", "optim", "plan"},
         {"decoder"},
@@ -46,9 +46,9 @@ LEVELS = {
         {"trace", "grow_report", "hf_export"},
     ],
     "run": [
-        {"order", "source", "records", "guard", "preemption", "zero", "rendezvous", "sinks", "profiling"},
+        {"order", "source", "records", "guard", "preemption", "zero", "rendezvous", "sinks", "profiling", "clock"},
         {"rows", "by_source", "metrics", "state", "folder", "watch", "curves"},
-        {"data", "engine"},
+        {"data", "engine", "report"},
         {"checkpoint"},
         {"saves", "resume", "export", "replay"},
         {"exporter"},
@@ -98,8 +98,8 @@ def dotted(path: Path) -> str:
 
 
 ARTICLES = {
-    "7469", "8444", "8634", "8823", "8978", "9105", "9473", "9512", "9675", "9698", "9706", "9708", "9736", "9797",
-    "9811", "9812", "9859", "9948", "10091", "10122", "10592", "10739",
+    "7469", "8444", "8634", "8823", "8978", "9105", "9473", "9512", "9593", "9675", "9698", "9706", "9708", "9736",
+    "9797", "9811", "9812", "9859", "9948", "10091", "10122", "10592", "10739",
 }  # fmt: skip
 """Of 科学空间, by the numbers of their addresses."""
 

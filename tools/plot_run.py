@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the training curves of one or several runs, or report on them in a terminal, from their metrics.jsonl."""
+"""Draw the training curves of one or several runs, or report on them in a terminal or as one HTML file."""
 
 import argparse
 import datetime
@@ -15,13 +15,25 @@ import numpy as np
 from megakexue.config import Status, UserError, require, run_program
 from megakexue.files import require_new_file, write_whole
 from megakexue.run.metrics import human_count
-from megakexue.run.records import ReadRecord, StepRecord, ValidationRecord, read_lines, read_metrics
+from megakexue.run.records import (
+    ReadRecord,
+    StatisticsRecord,
+    StepRecord,
+    ValidationRecord,
+    read_lines,
+    read_metrics,
+)
+from megakexue.run.report import page
 
 EPILOG = """\
 examples:
   tools/plot_run.py runs/125m --out loss.png
   tools/plot_run.py runs/125m runs/125m_tiger --out both.png --baseline unigram=6.93
   tools/plot_run.py runs/125m --report --baseline unigram=6.93
+  tools/plot_run.py runs/125m runs/125m_tiger --html runs.html
+
+The HTML file holds its pictures, and needs neither the network nor scripts. Beside the curves it has of each run its
+facts, where the time goes, losses by source, steps that were not applied, starts, attention, samples and config.
 
 A baseline is a loss in nats per token, drawn as a line to compare the curve with. One is the entropy of the unigram
 frequencies: a model that ignores the context cannot get below it.
@@ -41,7 +53,8 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         records = read_metrics(path)
-        self.name = (path if path.is_dir() else path.parent).resolve().name
+        self.folder, self.records = path if path.is_dir() else path.parent, records
+        self.name = self.folder.resolve().name
         self.train = [record for record in records if isinstance(record, StepRecord)]
         self.valid = [record for record in records if isinstance(record, ValidationRecord)]
         self.read = [record for record in records if isinstance(record, ReadRecord)]
@@ -66,8 +79,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def draw_run(run: Run, index: int, loss: Any, norm: Any, lr: Any) -> tuple[float, float]:
-    """Draw the curves of one run into the three panels. Return the lowest and the highest loss to be shown."""
+def draw_run(run: Run, index: int, loss: Any, norm: Any, speed: Any, lr: Any) -> tuple[float, float]:
+    """Draw the curves of one run into the four panels. Return the lowest and the highest loss to be shown."""
     color = f"C{index}"
     steps, values = run.column("loss")
     curve = smoothed(values)
@@ -85,6 +98,9 @@ def draw_run(run: Run, index: int, loss: Any, norm: Any, lr: Any) -> tuple[float
         norm.set_yscale("log")
         norm.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
         norm.plot(steps, np.exp(smoothed(np.log(values))), color=color, linewidth=1.4)
+    steps, values = run.column("tokens_per_s")
+    speed.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
+    speed.plot(steps, smoothed(values), color=color, linewidth=1.4)
     lr.plot(*run.column("lr"), color=color, linewidth=1.4, linestyle="--" if index else "-")
     bad = [record.step for record in run.train if record.status != "applied"]
     if bad:
@@ -95,7 +111,7 @@ def draw_run(run: Run, index: int, loss: Any, norm: Any, lr: Any) -> tuple[float
     return low, high
 
 
-def label_panels(loss: Any, norm: Any, lr: Any) -> None:
+def label_panels(loss: Any, norm: Any, speed: Any, lr: Any) -> None:
     """Give the panels their legends, labels and ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -115,6 +131,9 @@ def label_panels(loss: Any, norm: Any, lr: Any) -> None:
         norm.yaxis.set_minor_locator(NullLocator())
     if norm.get_legend_handles_labels()[0]:
         norm.legend(**above)
+    speed.set_ylabel("tokens/s")
+    speed.set_ylim(bottom=0)
+    speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
     lr.set_ylabel("learning rate")
     lr.set_ylim(bottom=0)
     lr.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -124,20 +143,31 @@ def label_panels(loss: Any, norm: Any, lr: Any) -> None:
     lr.xaxis.set_major_formatter(FuncFormatter(lambda step, _: human_count(step)))
 
 
-def plot(runs: list[Run], baselines: dict[str, float], out: Path) -> None:
-    """Write the PNG: loss over gradient norm over learning rate, against steps."""
+def pyplot(option: str) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("--out needs matplotlib, which is not installed: pip install 'matplotlib>=3.9'") from error
+        raise UserError(f"{option} needs matplotlib, which is not installed: pip install 'matplotlib>=3.9'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def png(plt: Any, figure: Any, dpi: int) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    plt.close(figure)
+    return picture.getvalue()
+
+
+def plot(plt: Any, runs: list[Run], baselines: dict[str, float]) -> bytes:
+    """Return the PNG: loss over gradient norm over speed over learning rate, against steps."""
     with plt.rc_context(STYLE):
-        figure, (loss, norm, lr) = plt.subplots(
-            3, 1, sharex=True, figsize=(9, 8), height_ratios=(4, 1.5, 1.5), layout="constrained"
+        figure, (loss, norm, speed, lr) = plt.subplots(
+            4, 1, sharex=True, figsize=(9, 9.5), height_ratios=(4, 1.5, 1.5, 1.5), layout="constrained"
         )
-        ends = [draw_run(run, index, loss, norm, lr) for index, run in enumerate(runs)]
+        ends = [draw_run(run, index, loss, norm, speed, lr) for index, run in enumerate(runs)]
         shown = [*baselines.values(), *(end for pair in ends for end in pair)]
         margin = 0.05 * (max(shown) - min(shown) or 1.0)
         loss.set_ylim(min(shown) - margin, max(shown) + margin)
@@ -145,13 +175,38 @@ def plot(runs: list[Run], baselines: dict[str, float], out: Path) -> None:
             loss.axhline(value, color="0.35", linewidth=1, linestyle=(0, (5, 4)))
             text, place = f"{name} {value:.3f}", loss.get_yaxis_transform()
             loss.annotate(text, (1, value), (0, 3), xycoords=place, textcoords="offset points", ha="right")
-        label_panels(loss, norm, lr)
+        label_panels(loss, norm, speed, lr)
         figure.align_ylabels()
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=150)
-        plt.close(figure)
-    write_whole(out, picture.getvalue())
-    print(f"wrote {out}")
+        return png(plt, figure, 150)
+
+
+def plot_attention(plt: Any, run: Run) -> bytes | None:
+    """Return a PNG of entropy and largest logit by layer, dark to light, against steps; None: not known."""
+    found = [record for record in run.records if isinstance(record, StatisticsRecord) and record.attention]
+    if not found:
+        return None
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+        n_layers = len(found[-1].attention)
+        for layer in range(n_layers):
+            for panel, field in zip(panels, ("relative_entropy", "largest_logit")):
+                points = [(r.step, getattr(r.attention[layer], field)) for r in found if layer < len(r.attention)]
+                color = plt.get_cmap("viridis")(0.9 * layer / max(1, n_layers - 1))
+                label = f"layer {layer}" if layer in (0, n_layers - 1) else None
+                panel.plot(*zip(*points), color=color, marker=".", linewidth=1.2, label=label)
+        for panel, name in zip(panels, ("entropy / ln n", "largest logit")):
+            panel.set(title=f"{run.name}: attention, {name}", xlabel="step")
+        panels[0].legend()
+        return png(plt, figure, 110)
+
+
+def write_html(plt: Any, runs: list[Run], picture: bytes, out: Path) -> None:
+    pictures = [("loss, gradient norm, tokens/s and learning rate by step", picture)]
+    for run in runs:
+        if attention := plot_attention(plt, run):
+            pictures.append((f"attention of {run.name} by layer and step", attention))
+    text = page(", ".join(run.name for run in runs), pictures, [(run.name, run.folder, run.records) for run in runs])
+    write_whole(out, text)
 
 
 def draw_curve(run: Run, baselines: dict[str, float]) -> list[str]:
@@ -243,7 +298,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, or its metrics.jsonl")
-    parser.add_argument("--out", metavar="PNG", type=Path, help="draw loss, gradient norm and learning rate into it")
+    parser.add_argument("--out", metavar="PNG", type=Path, help="draw loss, gradient norm, tokens/s and learning rate")
+    parser.add_argument("--html", metavar="HTML", type=Path, help="write a report with pictures and facts as one file")
     parser.add_argument("--report", action="store_true", help="print one screen on each run")
     parser.add_argument(
         "--baseline",
@@ -252,15 +308,15 @@ def main() -> None:
         default=[],
         help="a horizontal line at this loss; repeatable",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace PNG")
+    parser.add_argument("--overwrite", action="store_true", help="replace PNG and HTML")
     arguments = parser.parse_intermixed_args()
-    if not arguments.out and not arguments.report:
-        parser.error("nothing to do: give --out PNG, --report or both")
+    if not arguments.out and not arguments.html and not arguments.report:
+        parser.error("nothing to do: give --out PNG, --html HTML or --report")
     baselines = dict(map(parse_baseline, arguments.baseline))
-    out = arguments.out
-    if out:
-        require(out.suffix == ".png", f"--out {out} must end in .png")
-        require_new_file("--out", out, arguments.overwrite)
+    for option, out, suffix in (("--out", arguments.out, ".png"), ("--html", arguments.html, ".html")):
+        if out:
+            require(out.suffix == suffix, f"{option} {out} must end in {suffix}")
+            require_new_file(option, out, arguments.overwrite)
     runs = [Run(path) for path in arguments.runs]
     if arguments.report:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -268,8 +324,14 @@ def main() -> None:
         for index, run in enumerate(runs):
             print("\n" if index else "", end="")
             report(run, baselines)
-    if out:
-        plot(runs, baselines, out)
+    if arguments.out or arguments.html:
+        plt = pyplot("--out" if arguments.out else "--html")
+        picture = plot(plt, runs, baselines)
+        if arguments.out:
+            write_whole(arguments.out, picture)
+        if arguments.html:
+            write_html(plt, runs, picture, arguments.html)
+        print("\n".join(f"wrote {out}" for out in (arguments.out, arguments.html) if out))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ examples:
 exit status: 0 equal, 1 different, 2 a mistake, or nothing could be compared, such as when a run failed
 """
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
-CLOCK = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s"}
+CLOCK = {"tokens_per_s", "mfu", "memory_gib", "data_wait_s", "step_s", "times"}
 TRAINER = ("step", "tokens", "position", "validated", "n_updates", "data", "tokenizer", "init_bundle", "guard")
 BOUNDS = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # sums over other ranks have another order
 REMEDY = (
@@ -97,7 +97,7 @@ class Comparison:
         left, right = flat(a), flat(b)
         for name in [*left, *(name for name in right if name not in left)]:
             x, y = left.get(name, "missing"), right.get(name, "missing")
-            if name in CLOCK or repr(x) == repr(y):  # of floats: the same bits, or both NaN
+            if name.partition(".")[0] in CLOCK or repr(x) == repr(y):  # of floats: the same bits, or both NaN
                 continue
             if bound and name in ("loss", "grad_norm") and isinstance(x, float) and isinstance(y, float):
                 relative = abs(x - y) / (max(abs(x), abs(y)) or 1.0)

@@ -42,6 +42,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megakexue.config import UserError
+from megakexue.core.entropy import Observer
 from megakexue.core.sequence import Sequence
 
 Backend = Literal["flash", "varlen", "flex", "sdpa", "blocked", "reference"]
@@ -215,6 +216,7 @@ class Layout:
         is_absorbed: LatentAttention is to use its absorbed form; `attend` does not read it.
         sequence: the ranks that share these rows, of whose tokens this one has a part; `positions` and `cu_seqlens` are
             of the whole rows.
+        observer: is shown the queries and keys of each layer.
     """
 
     visible: Bool[Tensor, "#b t s"]
@@ -232,11 +234,11 @@ class Layout:
     def __init__(
         self, positions: Int64[Tensor, "b t"], cu_seqlens: Int32[Tensor, " n"] | None, *, backend: Backend,
         dtype: torch.dtype, n_keys: int | None = None, repeats: int = 1, is_absorbed: bool = False,
-        sequence: Sequence | None = None,
+        sequence: Sequence | None = None, observer: Observer | None = None,
     ) -> None:  # fmt: skip
         assert n_keys is None or cu_seqlens is None, "a cache holds one document a row"
         assert n_keys is None or sequence is None, "a cache holds whole rows"
-        self.sequence = sequence
+        self.sequence, self.observer = sequence, observer
         self.positions, self.cu_seqlens, self.backend, self.is_absorbed = positions, cu_seqlens, backend, is_absorbed
         self.is_cached, self.n_keys = n_keys is not None, positions.shape[1] if n_keys is None else n_keys
         is_packed = cu_seqlens is not None
@@ -337,6 +339,8 @@ def attend(q: Queries, k: Keys, v: Values, layout: Layout, *, scale: float) -> M
     d and e may differ, except in varlen and in flash but for MLA's 192 and 128.
     """
     assert k.shape[1] == layout.n_keys, "keys that the layout does not know"
+    if layout.observer is not None:
+        layout.observer.see_attention(q, k, layout.positions, scale)
     backend = layout.backend
     if backend == "reference":
         return _reference(q, k, v, layout, scale)

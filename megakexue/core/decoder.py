@@ -40,6 +40,7 @@ from megakexue.config import LossConfig, MlaConfig, Recompute, ResolvedModel
 from megakexue.core.attention import Backend, Layout, attend, attend_shared
 from megakexue.core.axes import axes, shape
 from megakexue.core.device import compiled
+from megakexue.core.entropy import Observer
 from megakexue.core.loss import PLAIN, Losses, Scale, cross_entropy
 from megakexue.core.recompute import in_tiles, recomputed
 from megakexue.core.rope import Rotary, RotaryTables, rotate
@@ -332,13 +333,15 @@ class Head(nn.Module):
 
     def forward(
         self, hidden: Float[Tensor, "*b_t m"], targets: Ids | None = None, gradient_scale: Scale = 1.0,
-        loss: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None,
+        loss: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None, observer: Observer | None = None,
     ) -> Float[Tensor, "*b_t v"] | Losses:  # fmt: skip
         if targets is None:
             logits = functional.linear(hidden, self.weight)
             return (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
         scales = self.scale, gradient_scale
         flat = hidden.flatten(0, 1)
+        if observer is not None:
+            observer.see_output(flat, self.weight, self.scale)
         return cross_entropy(flat, self.weight, targets.flatten(), *scales, loss, emo_rows, self.is_compiled)
 
 
@@ -365,6 +368,7 @@ class Decoder(nn.Module):
         self, tokens: Ids, positions: Ids, cu_seqlens: Int32[Tensor, " n"] | None = None, targets: Ids | None = None,
         gradient_scale: Scale = 1.0, caches: list[Cache] | None = None, n_positions: int | None = None,
         loss: LossConfig = PLAIN, emo_rows: Float[Tensor, "v m"] | None = None, sequence: Sequence | None = None,
+        observer: Observer | None = None,
     ) -> Float[Tensor, "b t v"] | Losses:  # fmt: skip
         """Return logits [b, t, v], or with `targets` the sums of the losses; both float32 (logits of float64: float64).
 
@@ -376,9 +380,10 @@ class Decoder(nn.Module):
                 tokens at positions up to p of its row.
             sequence: the ranks that share these rows: tokens and targets are this rank's part of them, and `positions`
                 and `cu_seqlens` are of the whole rows.
+            observer: is shown the queries and keys of each layer and, with `targets`, what the head multiplies.
         """
-        hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions, sequence)
-        return self.head(hidden, targets, gradient_scale, loss, emo_rows)
+        hidden = self.hidden(tokens, positions, cu_seqlens, caches, n_positions, sequence, observer)
+        return self.head(hidden, targets, gradient_scale, loss, emo_rows, observer)
 
     def set_recompute(self, what: Recompute, *, offload: bool = False, tile_tokens: int | None = None) -> None:
         """Say what the backward pass computes again instead of keeping it: see `engine.recompute`,
@@ -397,6 +402,7 @@ class Decoder(nn.Module):
     def hidden(
         self, tokens: Ids, positions: Ids, cu_seqlens: Int32[Tensor, " n"] | None = None,
         caches: list[Cache] | None = None, n_positions: int | None = None, sequence: Sequence | None = None,
+        observer: Observer | None = None,
     ) -> Stream:  # fmt: skip
         """Return what the head multiplies; arguments as in `forward`."""
         n_positions = n_positions or positions.shape[1]
@@ -408,6 +414,7 @@ class Decoder(nn.Module):
         layout = Layout(
             positions, cu_seqlens, backend=self.backend, dtype=x.dtype, n_keys=n_keys, is_absorbed=is_absorbed,
             repeats=config.n_heads if is_absorbed else config.n_heads // config.n_groups, sequence=sequence,
+            observer=observer,
         )  # fmt: skip
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, layout, caches[i] if caches else None)

@@ -103,7 +103,7 @@ def peak_flops(
         sizes = {(min(m, 1024), min(k, 1024), min(n, 1024)) for m, k, n in [(1024, 1024, 1024), *shapes]}
         flops = max(_product_flops(dtype, *size) for size in sizes)
         return flops, f"of {flops / 1e12:.3g} TFLOP/s: an estimate, from {name} products timed here"
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    gpu = device_name(device)
     tflops = data_sheet_tflops(gpu, dtype)
     if math.isnan(tflops):
         return (
@@ -124,6 +124,11 @@ def _product_flops(dtype: torch.dtype, m: int, k: int, n: int) -> float:
         functional.linear(x, weight)
         seconds.append(time.perf_counter() - start)
     return 2 * m * k * n / min(seconds)
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls a GPU; else the type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory_gib(device: torch.device) -> float:

@@ -40,6 +40,7 @@ from megakexue.core.batch import Batch
 from megakexue.core.costs import flops_per_token
 from megakexue.core.decoder import Block, Cache, Decoder, centre, initial_weight
 from megakexue.core.device import DTYPES, find_device, has_compiler
+from megakexue.core.entropy import Observer
 from megakexue.core.loss import Losses, unit_rows
 from megakexue.core.muon import Matrices
 from megakexue.core.optim import N_STATISTICS, Optimizer, Sums
@@ -47,7 +48,9 @@ from megakexue.core.schedule import clip_factor
 from megakexue.core.segments import Segment, cut_rows
 from megakexue.core.sequence import Sequence
 from megakexue.run.by_source import RowLosses
+from megakexue.run.clock import Clock
 from megakexue.run.guard import Guard
+from megakexue.run.records import AttentionStatistics
 from megakexue.run.rendezvous import join
 from megakexue.run.zero import STAGES, OwnGradients
 
@@ -79,6 +82,10 @@ class StepResult:
     """Where asked for: the sums of `optim.N_STATISTICS` of each parameter."""
     n_drifting_rows: int = 0
     """Where statistics were asked for: see `Optimizer.n_drifting_rows`."""
+    attention: list[AttentionStatistics] = field(default_factory=list)
+    """Where asked for, by layer."""
+    largest_logit: float = math.nan
+    """Where asked for: of the output."""
 
     @property
     def is_finite(self) -> bool:
@@ -230,6 +237,7 @@ class Engine:
         import deepspeed
 
         self.config, self.ranks, self.device = config, ranks, find_device(index=ranks.local_rank)
+        self.clock = Clock(self.device)
         self.dtype = DTYPES[config.engine.dtype]
         self.guard = Guard(config.guard, config.engine.dtype)
         self.n_micro_batches = config.train.n_micro_batches(ranks.data_size)
@@ -266,6 +274,8 @@ class Engine:
 
         layout = self._layout = STAGES[config.engine.zero_stage](self._engine, make, parameters, ranks)
         self._engine.optimizer.step = layout.clear
+        # what DeepSpeed calls when the last gradient is there: all of the reduction at stage 0, else the last buckets
+        self._engine.allreduce_gradients = self.clock.within("reduction")(self._engine.allreduce_gradients)
         self.segments = layout.segments
         of_ranks = dist.gather({str(ranks.rank): cut_rows(self.segments)})
         cut = sorted({row for rows in of_ranks.values() for row in rows})
@@ -278,6 +288,7 @@ class Engine:
             self._sequence = Sequence(rank=ranks.sequence_rank, size=ranks.sequence_size, swap=swap)
         self._copies = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._emo_rows: Tensor | None = None
+        self._observer: Observer | None = None
         self._readers: list[Callable[[], None]] = []
         self.row_losses: list[RowLosses] = []
         """Of the micro-batches of the last step or validation, for `by_source.add_up`."""
@@ -309,8 +320,10 @@ class Engine:
         self._readers.append(wait)
 
     def _wait_for_readers(self) -> None:
-        while self._readers:
-            self._readers.pop()()
+        if self._readers:
+            with self.clock.within("saving"):
+                while self._readers:
+                    self._readers.pop()()
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -377,7 +390,10 @@ class Engine:
             between: called between micro-batches as long as nothing has changed; may raise to give the step up.
         """
         assert len(batches) == self.n_micro_batches
+        self.clock.enter("reduction")
+        whole = batches[0].targets
         batches = [self._part(batch) for batch in batches]
+        self._observer = Observer(whole, batches[0].targets, self.device) if statistics else None
         self.row_losses.clear()
         self._engine.train()
         if self._own_gradients:
@@ -394,6 +410,7 @@ class Engine:
         self.mark("the end of the backward pass")
         # the one time that the host waits for the device
         numbers = torch.cat([gradient.loss[None], n_targets[None], gradient.squares, gradient.is_bad]).tolist()
+        self.clock.enter("other")
         loss_sum, count, *of_parameters = numbers
         names = self.optimizer.names
         squares, is_bad = of_parameters[: len(names)], of_parameters[len(names) :]
@@ -459,6 +476,7 @@ class Engine:
             squares = sums.total[: len(names)] * n**2  # of the mean gradient, as far as this micro-batch shows it
             is_good = self._is_good(loss_of_batch, squares)
             factor = self._gradient_factor(squares, is_good)
+            self.clock.enter("optimizer")
             self._wait_for_readers()
             self.optimizer.absorb(pieces, sums, factor, is_good)
             loss += loss_of_batch
@@ -467,6 +485,7 @@ class Engine:
             if i < n - 1:
                 del pieces
                 self._engine.step()  # clears the gradient that the momentum has
+        self.clock.enter("reduction")
         assert weights is not None
         return _Gradient(
             pieces=pieces, sums=sums, weights=weights, factor=factor, loss=loss, own_loss=own_loss,
@@ -478,6 +497,7 @@ class Engine:
     ) -> StepResult:
         """Move the masters if the step is to be taken, free the gradients, and make the weights the masters again."""
         self.mark("the optimizer")
+        self.clock.enter("optimizer")
         is_taken, sums = result.status in ("applied", "shrunk"), None
         self._wait_for_readers()
         if is_taken:
@@ -494,14 +514,20 @@ class Engine:
         self._engine.step()
         if is_taken:
             self._layout.gather()
+        self.clock.enter("other")
         return result if sums is None else self._with_statistics(result, sums)
 
     def _backward(self, batch: Batch, scale: Tensor) -> Tensor:
         """Take a micro-batch through the model and back; return the sum of its cross-entropy, float32."""
         options = {"gradient_scale": scale, "loss": self.config.loss, "emo_rows": self._emo_rows}
-        options["sequence"] = self._sequence
+        options |= {"sequence": self._sequence, "observer": self._observer}
+        self.clock.enter("forward")
         losses = self._engine(*self._inputs(batch), **options)
+        if self._observer:  # not what is computed again, and no other micro-batch
+            self._observer.is_open = False
+        self.clock.enter("backward")
         self._engine.backward(losses.objective * scale, scale_wrt_gas=False)
+        self.clock.enter("reduction")
         self._keep_rows(batch, losses)
         return losses.cross_entropy
 
@@ -541,7 +567,24 @@ class Engine:
         if self.is_sharded:
             dist.sum_over_ranks(total)
         table = dict(zip(self.optimizer.names, total[:-1].view(-1, N_STATISTICS).tolist()))
-        return replace(result, statistics=table, n_drifting_rows=int(total[-1].item()))
+        result = replace(result, statistics=table, n_drifting_rows=int(total[-1].item()))
+        return self._with_attention(result) if result.is_finite else result
+
+    def _with_attention(self, result: StepResult) -> StepResult:
+        assert self._observer is not None
+        sums = dist.sum_over_ranks(self._observer.sums())
+        largest = dist.max_over_ranks(self._observer.largest())
+        # no rank may have had a target in these rows; and a product may overflow that the loss does not need
+        if not (sums.isfinite().all() and largest.isfinite().all()):
+            return result
+        *of_layers, largest_logit = largest.tolist()
+        attention = [
+            AttentionStatistics(
+                entropy=entropy / n, relative_entropy=relative / max(1.0, n_relative), largest_logit=top
+            )
+            for (entropy, n, relative, n_relative), top in zip(sums.tolist(), of_layers, strict=True)
+        ]
+        return replace(result, attention=attention, largest_logit=largest_logit)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 

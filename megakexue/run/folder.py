@@ -16,6 +16,7 @@ run/
 """
 
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -143,6 +144,13 @@ def describe_run(run: Path, config: ResolvedConfig, deepspeed_config: dict[str, 
     write_whole(run / "source.txt", source + "\n")
     write_whole(run / "deepspeed.json", json_text(deepspeed_config))
     copy_tokenizer(config.data.tokenizer, run)
+
+
+def record_start(run: Path, facts: dict[str, Any]) -> None:
+    """Add a line to the list of the run's starts: when, by what command, and `facts`."""
+    command = " ".join(argument for argument in sys.argv if not argument.startswith("--local_rank"))
+    with open(run / "starts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.strftime("%F %T"), "command": command} | facts) + "\n")
 
 
 def check_not_lost(run: Path, folder: Path | None, ranks: dist.Ranks) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -80,6 +80,25 @@ def statistics_line(record: StatisticsRecord, n_steps: int) -> str:
     )
 
 
+def attention_line(record: StatisticsRecord) -> str:
+    """The entropy of attention, a mean over layers and their range, and the largest logits there and of the output."""
+    entropies = [layer.relative_entropy for layer in record.attention]
+    largest = max(layer.largest_logit for layer in record.attention)
+    return (
+        f"entropy {_mean(entropies):.2f} ln n ({min(entropies):.2f} to {max(entropies):.2f})  "
+        f"logits to {largest:.3g}, output {record.largest_logit:.3g}"
+    )
+
+
+def times_line(times: Mapping[str, float]) -> str:
+    """The shares that the parts of steps have in the time; the smallest are left out where the line has no room."""
+    shares = {part: seconds / (sum(times.values()) or 1.0) for part, seconds in times.items()}
+    shown = [part for part, share in shares.items() if share >= 0.005]
+    while len(line := "  ".join(f"{part} {shares[part]:.0%}" for part in shown)) > 68:
+        shown.remove(min(shown, key=lambda part: shares[part]))
+    return line
+
+
 def is_recorded(step: int, status: Status, every_steps: int, n_steps: int) -> bool:
     """Whether a step is shown and recorded: one in `every_steps`, the first, the last, and what was not applied."""
     return status != "applied" or step % every_steps == 0 or step in (1, n_steps)
@@ -129,6 +148,9 @@ class Metrics:
         self._recent: deque[float] = deque(maxlen=100)
         """Of applied steps."""
         self._n_lines = 0
+        self._times: Counter[str] = Counter()
+        """Seconds of the parts of the steps since the last line on them."""
+        self._all_times: Counter[str] = Counter()
         run.mkdir(parents=True, exist_ok=True)
         path = run / "metrics.jsonl"
         dropped_from = resume_step + 1 if resume_step else 0  # a validation may stand at step 0
@@ -188,6 +210,8 @@ class Metrics:
         """Take note of every step; what is shown and recorded of it is decided here."""
         assert record.step > self._step, f"step {record.step} was logged after step {self._step}"
         self._step, self._tokens = record.step, record.tokens
+        self._times.update(record.times)
+        self._all_times.update(record.times)
         is_bad = record.status != "applied"
         loss = record.loss
         if is_bad:
@@ -199,8 +223,12 @@ class Metrics:
         if is_recorded(record.step, record.status, self._every_steps, self._n_steps):
             scalars = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "loss_scale", "data_wait_s")
             tags = {f"train/{name}": getattr(record, name) for name in scalars}
+            tags |= {f"times/{part}": seconds for part, seconds in record.times.items()}
             self._write(record, tags | _source_scalars("train", record))
             if self._n_lines % N_LINES == 0:
+                if self._n_lines and (line := times_line(self._times)):
+                    self.message(f"{_place('time', self._n_steps)}  {line}")
+                    self._times.clear()
                 self.message(header_line(self._n_steps))
             self._n_lines += 1
             self.message(status_line(record, self._n_steps, loss))
@@ -247,8 +275,14 @@ class Metrics:
         scalars = {"statistics/n_drifting_rows": float(record.n_drifting_rows)}
         for prefix, values in {"": record.whole, **{f"{name}/": t for name, t in record.tensors.items()}}.items():
             scalars |= {f"statistics/{prefix}{name}": value for name, value in dataclasses.asdict(values).items()}
+        for i, layer in enumerate(record.attention):
+            scalars |= {f"attention/{name}/{i}": value for name, value in dataclasses.asdict(layer).items()}
+        if record.attention:
+            scalars["attention/output_logit"] = record.largest_logit
         self._write(record, scalars)
         self.message(statistics_line(record, self._n_steps))
+        if record.attention:
+            self.message(f"{_place('', self._n_steps)}  {attention_line(record)}")
         if record.n_drifting_rows > 0:
             self.message(
                 "WARNING: embedding rows with an RMS beyond a tenth of 1 / optim.weight_decay: "
@@ -326,6 +360,7 @@ class Metrics:
             f"steps       {self._step} of {self._n_steps}: {ends}",
             *([f"loss        {', '.join(losses)}"] if losses else []),
             f"tokens      {self._tokens:,}; this start took {took}",
+            *([f"time        {times}"] if (times := times_line(self._all_times)) else []),
             *([exports] if self._exports else []),
             *(read_lines(self._read) if self._read else []),
             f"run         {self._run}",

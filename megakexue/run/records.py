@@ -53,6 +53,8 @@ class StepRecord:
     """Of the text that the target tokens stand for; nan: not known, as in records of older versions."""
     sources: dict[str, SourceLoss] = dataclasses.field(default_factory=dict)
     """By name; those that had rows in this step."""
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of `step_s` by the parts of megakexue/run/clock.py; empty: not known, as in records of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,18 @@ class TensorStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionStatistics:
+    """Of one layer, over the queries that `core.entropy` looks at, their heads, and all ranks."""
+
+    entropy: float
+    """The mean, in nats."""
+    relative_entropy: float
+    """The mean of entropy / ln n over the queries that see n > 1 keys: 0 at one key, 1 at all alike."""
+    largest_logit: float
+    """With the scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatisticsRecord:
     step: int
     whole: TensorStatistics
@@ -92,6 +106,10 @@ class StatisticsRecord:
     """By parameter name."""
     n_drifting_rows: int
     """Rows of the embedding whose RMS is beyond a tenth of 1 / weight_decay."""
+    attention: list[AttentionStatistics] = dataclasses.field(default_factory=list)
+    """By layer; empty: not known, as in records of older versions."""
+    largest_logit: float = math.nan
+    """Of the output, over the tokens that `core.entropy` looks at; nan: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +123,11 @@ class ExportRecord:
     """None: it is written."""
 
 
-def statistics_record(step: int, sums_by_name: dict[str, list[float]], n_drifting_rows: int) -> StatisticsRecord:
-    """Make a record of the sums that `optim.N_STATISTICS` lists, by parameter."""
+def statistics_record(
+    step: int, sums_by_name: dict[str, list[float]], n_drifting_rows: int, attention: list[AttentionStatistics],
+    largest_logit: float,
+) -> StatisticsRecord:  # fmt: skip
+    """Make a record of the sums that `optim.N_STATISTICS` lists, by parameter, and of what the logits are."""
 
     def of(sums: Iterable[float]) -> TensorStatistics:
         weight2, update2, gradient2, product, n_with_gradient, n_against, n = sums
@@ -124,6 +145,8 @@ def statistics_record(step: int, sums_by_name: dict[str, list[float]], n_driftin
         whole=of(map(sum, zip(*sums_by_name.values()))),
         tensors={name: of(sums) for name, sums in sums_by_name.items()},
         n_drifting_rows=n_drifting_rows,
+        attention=attention,
+        largest_logit=largest_logit,
     )
 
 
@@ -231,6 +254,9 @@ def _parse(line: str) -> Record:
     if kind is StatisticsRecord:
         values["whole"] = _typed(TensorStatistics, values["whole"])
         values["tensors"] = {name: _typed(TensorStatistics, tensor) for name, tensor in values["tensors"].items()}
+        values["attention"] = [_typed(AttentionStatistics, layer) for layer in values.get("attention", [])]
+    if "times" in values:
+        values["times"] = {part: float(seconds) for part, seconds in values["times"].items()}
     return _typed(kind, values)
 
 
@@ -249,7 +275,9 @@ def json_line(record: Record) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Turn floats that JSON does not have into strings, in dicts inside `value` too."""
+    """Turn floats that JSON does not have into strings, in dicts and lists inside `value` too."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

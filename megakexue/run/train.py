@@ -24,24 +24,24 @@ from megakexue import dist
 from megakexue.bundle.generate import encode_prompt
 from megakexue.config import Config, ResolvedConfig, require
 from megakexue.core.batch import Batch
-from megakexue.core.costs import flops_per_token, product_shapes
+from megakexue.core.costs import flops_per_token, n_parameters, product_shapes
 from megakexue.core.describe import describe, describe_mixtures
-from megakexue.core.device import memory_gib, peak_flops
+from megakexue.core.device import device_name, memory_gib, peak_flops
 from megakexue.core.resolve import resolve_config
 from megakexue.core.schedule import lr_factor
-from megakexue.facts import host_facts
+from megakexue.facts import host_facts, versions
 from megakexue.run import checkpoint
 from megakexue.run.by_source import Tally, add_up
 from megakexue.run.data import Batches, Interrupted
 from megakexue.run.engine import Engine, StepResult, start
 from megakexue.run.exporter import Exporter, check_exportable
-from megakexue.run.folder import check_not_lost, describe_run, open_run, source_version, together
+from megakexue.run.folder import check_not_lost, describe_run, open_run, record_start, source_version, together
 from megakexue.run.guard import TrainingStopped
 from megakexue.run.metrics import Metrics, is_recorded
 from megakexue.run.preemption import Interruption, Preemption
 from megakexue.run.profiling import Profiler
 from megakexue.run.records import ReadRecord, SourceLoss, SourceRead, StepRecord, statistics_record
-from megakexue.run.resume import load_emo_rows, start_run
+from megakexue.run.resume import Start, load_emo_rows, start_run
 from megakexue.run.saves import Saves
 from megakexue.run.state import StoppedState, TrainerState
 from megakexue.run.watch import Watch
@@ -86,10 +86,6 @@ def train(given: Config) -> None:
                 _validate_if_due(run)
                 if run.state.step >= last_step:
                     break
-                if run.saves.is_due(run.state.step):
-                    watch.mark("beginning a save")
-                    _count(run)
-                    run.saves.begin(run.state)
                 _step(run)
                 if run.exporter:
                     run.exporter.tend(run.saves.saved)
@@ -236,6 +232,7 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
     with together(folder, ranks):
         if ranks.is_first:
             describe_run(folder, config, engine.deepspeed_config, source)
+            record_start(folder, _start_facts(config, engine, ranks, begun, source))
             metrics = stack.enter_context(Metrics(folder, config.metrics, n_steps=config.train.steps, **at))
     if metrics:
         watch.say, watch.close_screen = metrics.message, metrics.close
@@ -274,6 +271,16 @@ def _open(given: Config, config: ResolvedConfig, ranks: dist.Ranks, watch: Watch
         profiler=profiler, peak_flops=peak, saves=stack.enter_context(saves), exporter=exporter, state=begun.state,
         tally=Tally(len(data.sources), config.data.seq_len, ranks), read=begun.state.sources,
     )  # fmt: skip
+
+
+def _start_facts(
+    config: ResolvedConfig, engine: Engine, ranks: dist.Ranks, begun: Start, source: str
+) -> dict[str, Any]:  # fmt: skip
+    """What a report says of a start."""
+    return {
+        "step": begun.state.step, "origin": begun.origin, "source": source, "ranks": ranks.world_size,
+        "device": device_name(engine.device), "parameters": n_parameters(config.model), "versions": versions(),
+    }  # fmt: skip
 
 
 def _encode_prompts(config: ResolvedConfig, tokenizer: Tokenizer) -> list[list[int]]:
@@ -357,16 +364,27 @@ def _validation_rows(run: _Run, valid: Batches) -> Iterator[Batch]:
         yield batch
 
 
+def _save_if_due(run: _Run) -> None:
+    if run.saves.is_due(run.state.step):
+        run.watch.mark("beginning a save")
+        with run.engine.clock.within("saving"):
+            _count(run)
+            run.saves.begin(run.state)
+
+
 def _step(run: _Run) -> None:
     """Take one optimizer step, record it, and do what the guard asks for."""
-    config, engine, data = run.config, run.engine, run.data
+    config, engine, data, clock = run.config, run.engine, run.data, run.engine.clock
     began = time.perf_counter()
+    clock.begin()
+    _save_if_due(run)
     step = run.state.step + 1
     run.watch.mark("the step", step=step)
     if run.profiler:
         run.profiler.before(step)
     _say_border(run, step)
-    batches = run.met(data.next_step)
+    with clock.within("data"):
+        batches = run.met(data.next_step)
     assert batches is not None
     lr = config.optim.lr * lr_factor(config.optim, step, config.train.steps)
     loss_scale, every = engine.guard.loss_scale, config.metrics.statistics_every_steps
@@ -378,7 +396,7 @@ def _step(run: _Run) -> None:
     remarks = [] if result.note is None else [f"{result.note}{_culprits(result)}"]
     if result.status == "rolled back":
         remarks = _roll_back(run, result)
-    step_s = time.perf_counter() - began
+    times, step_s = clock.read(), time.perf_counter() - began
     is_shown = is_recorded(step, result.status, config.metrics.every_steps, config.train.steps)
     by_source = _by_source(run, data) if is_shown else (math.nan, {})
     rows = []
@@ -386,11 +404,12 @@ def _step(run: _Run) -> None:
         rows = [data.names(batch) for batch in batches]
         log.warning("%s%s; rows of this rank: %s", result.note or result.reason_to_stop, _culprits(result), rows)
     if run.metrics:
-        _record(run, run.metrics, result, batches, lr, step_s, by_source)
+        _record(run, run.metrics, result, batches, lr, step_s, times, by_source)
         for remark in remarks:
             run.metrics.message(f"WARNING: {remark}")
         if result.statistics is not None:
-            run.metrics.log_statistics(statistics_record(step, result.statistics, result.n_drifting_rows))
+            logits = result.attention, result.largest_logit
+            run.metrics.log_statistics(statistics_record(step, result.statistics, result.n_drifting_rows, *logits))
     if run.profiler and (said := run.profiler.after(step)):
         run.say(said)
     if result.reason_to_stop:
@@ -422,7 +441,7 @@ def _count(run: _Run) -> None:
 
 def _record(
     run: _Run, metrics: Metrics, result: StepResult, batches: list[Batch], lr: float, step_s: float,
-    by_source: tuple[float, dict[str, SourceLoss]],
+    times: dict[str, float], by_source: tuple[float, dict[str, SourceLoss]],
 ) -> None:  # fmt: skip
     config, data = run.config, run.data
     # what attention really computes in packed rows
@@ -434,7 +453,7 @@ def _record(
             tokens_per_s=result.n_targets / step_s, mfu=flops / step_s / (run.peak_flops * run.ranks.world_size),
             memory_gib=memory_gib(run.engine.device), status=result.status, loss_scale=run.engine.guard.loss_scale,
             data_wait_s=data.wait_s, step_s=step_s, epoch=data.position.epoch + data.position.sample / data.n_rows,
-            bits_per_byte=by_source[0], sources=by_source[1],
+            bits_per_byte=by_source[0], sources=by_source[1], times=times,
         )
     )  # fmt: skip
 

@@ -13,8 +13,24 @@ from typing import Any
 import pytest
 
 from megakexue.config import MetricsConfig
-from megakexue.run.metrics import Metrics, header_line, human_count, statistics_line, status_line
-from megakexue.run.records import SourceLoss, StepRecord, TensorStatistics, ValidationRecord, read_metrics
+from megakexue.run.clock import PARTS
+from megakexue.run.metrics import (
+    Metrics,
+    attention_line,
+    header_line,
+    human_count,
+    statistics_line,
+    status_line,
+    times_line,
+)
+from megakexue.run.records import (
+    AttentionStatistics,
+    SourceLoss,
+    StepRecord,
+    TensorStatistics,
+    ValidationRecord,
+    read_metrics,
+)
 from tests.helpers import QUIET, ROOT, make_record, make_statistics, make_tensor, write_run
 from tests.programs import run_python
 
@@ -207,6 +223,9 @@ def test_lines_fit_a_terminal_and_have_columns(n_steps: int) -> None:
     ]
     lines = [status_line(make_record(n_steps, status="rolled back", **v), n_steps, 11.0704) for v in values]
     statistics = statistics_line(make_statistics(n_steps), n_steps)
+    largest = make_layer(relative_entropy=0.987, largest_logit=-123.456)
+    attention = attention_line(make_statistics(1, attention=[largest], largest_logit=-123.456))
+    assert len(header_line(n_steps)) - len(header_line(9)) + 11 + len(attention) <= 80
     assert all(len(line) <= 80 for line in (*lines, statistics, header_line(n_steps)))
     ends = [match.end() for match in re.finditer(r"[a-z/]+( GiB)?", header_line(n_steps))]
     for line in lines:
@@ -230,6 +249,35 @@ def test_statistics_line() -> None:
     assert statistics_line(make_statistics(3, whole=skipped), 200) == (
         "    3/200  update/weight 0.0e+00  cosine nan  signs 0.00"
     )
+
+
+def make_layer(**values: float) -> AttentionStatistics:
+    return AttentionStatistics(**{"entropy": 3.0, "relative_entropy": 0.75, "largest_logit": 12.34, **values})
+
+
+def test_attention_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = [make_layer(), make_layer(relative_entropy=0.5, largest_logit=45.67), make_layer(relative_entropy=0.95)]
+    with Metrics(tmp_path, QUIET, n_steps=200, resume_step=0) as metrics:
+        metrics.log_statistics(make_statistics(100, attention=layers, largest_logit=21.0))
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "           entropy 0.73 ln n (0.50 to 0.95)  logits to 45.7, output 21"
+    )
+
+
+def test_times_are_said_with_each_header_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all steps since, also those that have no line."""
+    with Metrics(tmp_path, MetricsConfig(tensorboard=False, every_steps=2), n_steps=70, resume_step=0) as metrics:
+        for step in range(1, 71):
+            times = {"data": 0.5, "forward": 0.5, "saving": 0.001} if step < 41 else {"forward": 2.0}
+            metrics.log_step(make_record(step, times=times))
+    lines = capsys.readouterr().out.splitlines()
+    assert [(i, line) for i, line in enumerate(lines) if "forward" in line] == [
+        (21, "     time  data 50%  forward 50%"), (42, "time        data 20%  forward 80%"),
+    ]  # fmt: skip
+    assert header_line(70) == lines[0] == lines[22]
+    equal = "backward 14%  reduction 14%  optimizer 14%  saving 14%  other 14%"
+    assert times_line(dict.fromkeys(PARTS, 1.0)) == equal
+    assert times_line({}) == ""
 
 
 def test_drifting_rows_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

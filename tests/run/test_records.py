@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from megakexue.config import UserError
 from megakexue.run.metrics import Metrics
 from megakexue.run.records import (
+    AttentionStatistics,
     SamplesRecord,
     SourceLoss,
+    StatisticsRecord,
     StepRecord,
     TensorStatistics,
     ValidationRecord,
@@ -23,13 +25,23 @@ from tests.helpers import QUIET, make_record, make_statistics, make_tensor, writ
 from tests.programs import run_python
 
 finite_or_not = st.floats(width=64)  # nan, infinities, subnormals and -0.0 included
+layer_statistics = st.builds(
+    AttentionStatistics, **{field.name: finite_or_not for field in dataclasses.fields(AttentionStatistics)}
+)
 tensor_statistics = st.builds(
     TensorStatistics, **{field.name: finite_or_not for field in dataclasses.fields(TensorStatistics)}
 )
 
 
 @settings(deadline=None)  # it writes files
-@given(loss=finite_or_not, grad_norm=finite_or_not, lr=finite_or_not, valid=finite_or_not, tensor=tensor_statistics)
+@given(
+    loss=finite_or_not,
+    grad_norm=finite_or_not,
+    lr=finite_or_not,
+    valid=finite_or_not,
+    tensor=tensor_statistics,
+    layer=layer_statistics,
+)
 def test_floats_come_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory,
     loss: float,
@@ -37,10 +49,12 @@ def test_floats_come_back_bit_for_bit(
     lr: float,
     valid: float,
     tensor: TensorStatistics,
+    layer: AttentionStatistics,
 ) -> None:
     run = tmp_path_factory.mktemp("run")
-    record = make_record(1, loss=loss, grad_norm=grad_norm, lr=lr)
-    statistics = make_statistics(1, whole=tensor, tensors={'词表 "a".b': tensor}, n_drifting_rows=3)
+    record = make_record(1, loss=loss, grad_norm=grad_norm, lr=lr, times={"data": grad_norm, "other": 0.5})
+    logits = {"attention": [layer, layer], "largest_logit": lr}
+    statistics = make_statistics(1, whole=tensor, tensors={'词表 "a".b': tensor}, n_drifting_rows=3, **logits)
     with Metrics(run, QUIET, n_steps=1, resume_step=0) as metrics:
         metrics.log_step(record)
         metrics.log_statistics(statistics)
@@ -68,27 +82,33 @@ def test_lines_are_strict_json(tmp_path: Path) -> None:
         "whole": {"weight_rms": 0.02, "update_rms": 2e-5, "gradient_rms": 3e-4, "cosine": 0.31, "sign_agreement": 0.62},
         "tensors": {"gain": {**objects[3]["whole"], "cosine": "nan"}},
         "n_drifting_rows": 0,
+        "attention": [],
+        "largest_logit": "nan",
     }
 
 
-def test_sources_come_back_and_records_of_older_versions_have_none(tmp_path: Path) -> None:
+def test_what_newer_versions_know_comes_back_and_older_records_are_without(tmp_path: Path) -> None:
     sources = {"网页": SourceLoss(loss=2.5, n_tokens=7, bits_per_byte=math.inf)}
-    record = make_record(1, sources=sources, bits_per_byte=0.75)
+    record = make_record(1, sources=sources, bits_per_byte=0.75, times={"forward": 0.25})
+    layer = AttentionStatistics(entropy=1.5, relative_entropy=0.5, largest_logit=7.0)
+    statistics = make_statistics(1, attention=[layer], largest_logit=9.0)
     with Metrics(tmp_path, QUIET, n_steps=1, resume_step=0) as metrics:
         metrics.log_step(record)
+        metrics.log_statistics(statistics)
         metrics.log_validation(1, 2.5, 7, 0.75, sources)
     valid = ValidationRecord(step=1, loss=2.5, n_tokens=7, bits_per_byte=0.75, sources=sources)
-    assert read_metrics(tmp_path) == [record, valid]
+    assert read_metrics(tmp_path) == [record, statistics, valid]
     path = tmp_path / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    old = [{k: v for k, v in line.items() if k not in ("bits_per_byte", "sources")} for line in lines]
-    path.write_text("".join(json.dumps(line) + "\n" for line in old))
-    for found in read_metrics(tmp_path):
-        assert (
-            isinstance(found, (StepRecord, ValidationRecord))
-            and found.sources == {}
-            and math.isnan(found.bits_per_byte)
-        )
+    new = "bits_per_byte", "sources", "times", "attention", "largest_logit"
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k not in new}) + "\n" for line in lines))
+    step, of_logits, validation = read_metrics(tmp_path)
+    for found in (step, validation):
+        assert isinstance(found, (StepRecord, ValidationRecord))
+        assert found.sources == {} and math.isnan(found.bits_per_byte)
+    assert isinstance(step, StepRecord) and step.times == {}
+    assert isinstance(of_logits, StatisticsRecord)
+    assert of_logits.attention == [] and math.isnan(of_logits.largest_logit)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,19 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from megakexue.bundle.bundle import Bundle
 from megakexue.bundle.generate import complete, load_decoder
 from megakexue.config import Config, UserError, load_config, to_yaml
 from megakexue.core.device import has_compiler
+from megakexue.core.entropy import Observer
+from megakexue.core.resolve import resolve_config
+from megakexue.dist import ALONE
+from megakexue.run.clock import PARTS
+from megakexue.run.data import Batches
 from megakexue.run.export import export_run
+from megakexue.run.records import StatisticsRecord, StepRecord, read_metrics
 from megakexue.text.manifest import read_manifest
 from megakexue.text.prepare import PrepareArguments, prepare
 from megakexue.text.tokenizer_files import tokenizer_sha256
@@ -31,6 +38,7 @@ from tests.conftest import Popen, Prepared, stdlib_files
 from tests.foreign import byte_level, foreign_model
 from tests.helpers import (
     ROOT,
+    build,
     change_trainer,
     column,
     lines_of,
@@ -111,6 +119,82 @@ def test_stopped_and_resumed_is_never_stopped(prepared: Prepared, tmp_path: Path
         kind, _, dtype = name.split("_")
         rel = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}[dtype]
         assert losses[name] == pytest.approx(losses[f"{kind}_0_fp32"], rel=rel), name
+
+
+def train_with_slow_data(configs: list[Config], slow: Config) -> None:
+    """Train on each; at last with a disk on rank 1 that takes 0.1 s for a row."""
+    from megakexue.run.rows import Rows
+
+    train_all(configs)
+    if os.environ["RANK"] == "1":
+        read = Rows.read
+
+        def late(*arguments: Any) -> Any:
+            time.sleep(0.1)
+            return read(*arguments)
+
+        Rows.read = late  # type: ignore[assignment, method-assign]
+    train_all([slow])
+
+
+def observed(config: Config, n_ranks: int) -> list[tuple[float, ...]]:
+    """What a plain model with the initial weights shows of the first micro-batches of ranks with rows of their own."""
+    resolved = resolve_config(config)
+    model = build(resolved.model)
+    size, micro = config.train.global_batch_size, config.train.micro_batch_size
+    data = Batches(config.data, global_batch_size=size, micro_batch_size=micro, ranks=ALONE, cache=Path("unused"))
+    observers = []
+    for batch in data.next_step()[:n_ranks]:
+        observers.append(Observer(batch.targets, batch.targets, torch.device("cpu")))
+        model(batch.tokens, batch.positions, batch.cu_seqlens, batch.targets, observer=observers[-1])
+    data.close()
+    sums = torch.stack([o.sums() for o in observers]).sum(0).tolist()
+    *largest, output = torch.stack([o.largest() for o in observers]).amax(0).tolist()
+    return [*((h / n, r / m, top) for (h, n, r, m), top in zip(sums, largest, strict=True)), (output,)]
+
+
+@pytest.mark.slow
+def test_what_a_run_tells_of_itself(prepared: Prepared, tmp_path: Path) -> None:
+    """Of attention, which is what a plain model computes and changes no bit; and of the time of each step."""
+    cases = {
+        "gqa 1 bf16": [], "mla 2 fp32": ["engine.recompute=block"], "mla 0 fp32": ["engine.sequence_ranks=2"],
+        "gqa 3 fp32": ["engine.tile_tokens=16", "optim.accumulate=momentum"],
+    }  # fmt: skip
+    pairs = {}
+    for case, more in cases.items():
+        kind, stage, dtype = case.split()
+        options = ["train.steps=2", f"engine.zero_stage={stage}", f"engine.dtype={dtype}", "evaluate.every_steps=null",
+                   "train.micro_batch_size=4", *more]  # fmt: skip
+        pairs[case] = [
+            tiny_config(prepared, tmp_path / f"{case} {every}", *options, f"metrics.statistics_every_steps={every}",
+                        name=f"tiny_{kind}") for every in ("1", "null")
+        ]  # fmt: skip
+    slow = tiny_config(prepared, tmp_path / "slow", "train.steps=2", "checkpoint.every_steps=1")
+    run_on_ranks(2, train_with_slow_data, [config for pair in pairs.values() for config in pair], slow)
+
+    for case, (config, without) in pairs.items():
+        a, b = (state_hashes(Path(own.train.run), 2) for own in (config, without))
+        assert all(a[f"rank_0000{rank}.safetensors"] == b[f"rank_0000{rank}.safetensors"] for rank in range(2)), case
+        found = [r for r in read_metrics(Path(config.train.run)) if isinstance(r, StatisticsRecord)]
+        assert [record.step for record in found] == [1, 2]
+        assert all(layer.entropy > 0 and 0 < layer.relative_entropy < 1 for r in found for layer in r.attention), case
+        is_shared = config.engine.sequence_ranks == 2
+        *expected, (output,) = observed(config, 1 if is_shared else 2)
+        rel = 2e-5 if config.engine.dtype == "fp32" else 2e-2
+        for layer, values in zip(found[0].attention, expected, strict=True):
+            assert (layer.entropy, layer.relative_entropy, layer.largest_logit) == pytest.approx(values, rel=rel), case
+        if not is_shared:  # where ranks look at other tokens
+            assert found[0].largest_logit == pytest.approx(output, rel=rel), case
+
+    for run in (*(config.train.run for pair in pairs.values() for config in pair), slow.train.run):
+        steps = [r for r in read_metrics(Path(run)) if isinstance(r, StepRecord)]
+        for record in steps:
+            assert list(record.times) == list(PARTS)
+            assert sum(record.times.values()) == pytest.approx(record.step_s, rel=0.02, abs=1e-3), run
+            assert all(record.times[part] > 0 for part in PARTS if part != "saving"), run
+    # of the slow run: 8 rows before anything was read ahead, for which rank 0, whose records these are, waits too
+    assert steps[0].times["data"] > 0.8 > 2 * steps[0].data_wait_s
+    assert steps[0].times["saving"] == 0 < steps[1].times["saving"]
 
 
 @pytest.mark.slow
@@ -288,7 +372,7 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path, popen:
     assert [line.split()[0] for line in end[:10]] == first
     run = tmp_path / "killed"
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "deepspeed.json", "lock", "logs", "metrics.jsonl", "source.txt",
+        "checkpoints", "config.yaml", "deepspeed.json", "lock", "logs", "metrics.jsonl", "source.txt", "starts.jsonl",
         "tokenizer.model",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]

@@ -11,6 +11,7 @@ import pytest
 
 from megakexue.config import MetricsConfig
 from megakexue.run.metrics import Metrics
+from megakexue.run.records import AttentionStatistics
 from tests.helpers import ROOT, make_record, make_statistics
 from tests.programs import run_without_torch
 
@@ -121,7 +122,7 @@ def test_png(run: Path, tmp_path: Path) -> None:
     result = tool(run, other, "--out", out, "--baseline", "unigram=6.5")
     assert (result.returncode, result.stderr, result.stdout) == (0, "", f"wrote {out}\n")
     pixels = image.imread(out)
-    assert pixels.shape == (1200, 1350, 4)
+    assert pixels.shape == (1425, 1350, 4)
     for color in ((31, 119, 180), (255, 127, 14)):  # the first two of matplotlib's cycle: both curves are there
         assert (np.abs(pixels[..., :3] * 255 - color).max(axis=-1) < 2).sum() > 500
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both.png", "other"]
@@ -132,6 +133,23 @@ def test_png(run: Path, tmp_path: Path) -> None:
     assert result.stderr == f"error: --out {out} exists: choose another name or add --overwrite\n"
     assert tool(run, "--out", out, "--overwrite").returncode == 0
     assert out.read_bytes() != before
+
+
+def test_html_is_one_file_with_its_pictures(run: Path, tmp_path: Path) -> None:
+    """tests/run/test_report.py has what it says."""
+    out, other = tmp_path / "two.html", tmp_path / "<b>"
+    with Metrics(other, MetricsConfig(tensorboard=False), n_steps=9, resume_step=0) as metrics:
+        for step in range(1, 10):
+            metrics.log_step(make_record(step))
+            layer = AttentionStatistics(entropy=2.0, relative_entropy=0.5, largest_logit=float(step))
+            metrics.log_statistics(make_statistics(step, attention=[layer] * 3, largest_logit=1.0))
+    result = tool(run, other, "--html", out)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", f"wrote {out}\n")
+    text = out.read_text()
+    assert text.count('src="data:image/png;base64,iVBOR') == text.count("<img") == 2  # curves, and attention of one
+    assert "<title>tiny, &lt;b&gt;</title>" in text and "<b>" not in text
+    assert "http" not in text and "<script" not in text
+    assert tool(run, "--html", out).returncode == 2
 
 
 def test_tiny_and_odd_runs_can_be_drawn(tmp_path: Path) -> None:
@@ -152,10 +170,11 @@ def test_user_errors(run: Path, tmp_path: Path) -> None:
     png = tmp_path / "a.png"
     form = "is not of the form NAME=VALUE: unigram=6.93"
     cases: list[tuple[tuple[object, ...], str]] = [
-        ((run,), "nothing to do: give --out PNG, --report or both"),
+        ((run,), "nothing to do: give --out PNG, --html HTML or --report"),
         ((tmp_path, "--report"), f"{tmp_path}/metrics.jsonl: no such file: give a run folder that"),
         ((nothing, "--out", png), f"{nothing}: no training step with a finite loss"),
         ((run, "--out", tmp_path / "a.pdf"), f"--out {tmp_path}/a.pdf must end in .png"),
+        ((run, "--html", tmp_path / "a.htm"), f"--html {tmp_path}/a.htm must end in .html"),
         ((run, "--out", tmp_path / "no" / "a.png"), f"there is no folder {tmp_path}/no"),
         ((run, "--report", "--baseline", "6.5"), f"--baseline '6.5' {form}"),
         ((run, "--report", "--baseline", "x=y"), f"--baseline 'x=y' {form}"),
