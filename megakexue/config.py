@@ -661,10 +661,10 @@ class DataConfig:
         """
         if self.max_synthetic is None:
             return
-        begin = 1
+        begin, is_synthetic = 1, [source.synthetic for source in self.sources]
         for mixture in self.mixtures:
             shares, end = mixture.shares(rows) or [], min(mixture.until_step, n_steps)
-            of = {n: x for n, x, s in zip(self.source_names, shares, self.sources) if s.synthetic and x}
+            of = {n: x for n, x, made in zip(self.source_names, shares, is_synthetic) if made and x}
             require(
                 begin > n_steps or sum(of.values()) <= self.max_synthetic + 1e-9,
                 f"data.max_synthetic={self.max_synthetic}, but in steps {begin} to {end} the synthetic sources have a "
