@@ -368,8 +368,8 @@ def test_launched_run_survives_a_kill(prepared: Prepared, tmp_path: Path, popen:
     foreign = [line for line in output_again.splitlines() if re.search(r"INFO|WARNING|Warning", line)]
     assert all(re.search(r"\[(launch|runner|real_accelerator)\.py:", line) for line in foreign), foreign
     end = output_again[output_again.index("steps       30 of 30: 30 applied\n") :].splitlines()
-    first = ["steps", "loss", "tokens", "read", "data", "made", "all", "run", "next", "tools/export_model.py"]
-    assert [line.split()[0] for line in end[:10]] == first
+    first = ["steps", "loss", "tokens", "time", "read", "data", "made", "all", "run", "next", "tools/export_model.py"]
+    assert [line.split()[0] for line in end[:11]] == first
     run = tmp_path / "killed"
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "config.yaml", "deepspeed.json", "lock", "logs", "metrics.jsonl", "source.txt", "starts.jsonl",
