@@ -27,10 +27,11 @@ FOLDERS = {
 LEVELS = {
     "": [{"config"}, {"files", "hosts"}, {"buckets", "facts", "launcher"}, {"dist", "doctor"}],
     "text": [
-        {"tokenizer", "inputs", "duplicates", "pack", "shards", "progress"},
-        {"ledger", "tokenizer_json"},
-        {"tokenizer_files"},
-        {"manifest", "prepare"},
+        {"tokenizer", "tables", "duplicates", "pack", "shards", "progress"},
+        {"token_files", "tokenizer_json"},
+        {"inputs", "tokenizer_files"},
+        {"ledger", "manifest"},
+        {"prepare"},
     ],
     "core": [
         {"device", "axes", "sequence", "recompute", "owners", "entropy"},
@@ -61,10 +62,11 @@ OWNERS = {
     "yaml": {"config"},
     "sentencepiece": {"text.tokenizer", "bundle.hf_tokenizer"},
     "google": {"text.tokenizer"},
+    "rjieba": {"text.tokenizer"},
     "tokenizers": {"text.tokenizer_json"},
     "streaming": {"buckets", "run.source"},
     "xxhash": {"text.duplicates", "text.shards", "run.source"},
-    "pyarrow": {"text.inputs"},
+    "pyarrow": {"text.tables"},
     "zstandard": {"text.inputs"},
     "deepspeed": {"run.engine"},
     "safetensors": {"bundle.bundle", "bundle.hf_import", "run.checkpoint", "run.replay"},
@@ -98,8 +100,8 @@ def dotted(path: Path) -> str:
 
 
 ARTICLES = {
-    "7469", "8444", "8634", "8823", "8978", "9105", "9473", "9512", "9593", "9675", "9698", "9706", "9708", "9736",
-    "9797", "9811", "9812", "9859", "9948", "10091", "10122", "10592", "10739",
+    "7469", "8209", "8444", "8634", "8823", "8978", "9105", "9473", "9512", "9593", "9675", "9698", "9706", "9708",
+    "9736", "9797", "9811", "9812", "9859", "9948", "10091", "10122", "10592", "10739",
 }  # fmt: skip
 """Of 科学空间, by the numbers of their addresses."""
 

@@ -15,7 +15,11 @@ EPILOG = """
 INPUT is a file, a folder (all its files, but hidden ones; links are followed) or a quoted glob. Each is one document:
   a text file (Markdown, source code, anything in UTF-8), also .gz, .zst, .bz2 or .xz;
   a line of a .jsonl or .ndjson file, also packed: the string under --text-key;
-  a row of a .parquet file: the string in the column --text-key.
+  a row of a .parquet or .arrow file: the string in the column --text-key. A folder that the library `datasets` wrote
+  by save_to_disk, or its cache, is read as it is;
+  token ids in a .bin file, which stay as they are: by Megatron's .idx beside it, or what is between two --end-id
+  (nanoGPT's and llm.c's). --tokenizer is then the one that made them. nanoGPT's have to be uint16, or uint32 where the
+  tokenizer has more than 65,536 ids.
 Documents with the same bytes are kept once. What cannot be used is counted, and listed in skipped.tsv. One bad record
 costs that record. Of a packed file that is damaged, the lines before the damage are kept.
 
@@ -24,6 +28,10 @@ example, a tokenizer and data for a first run:
   tools/prepare_data.py notes/ 'wiki/*.jsonl.gz' --tokenizer data/tokenizer.model --seq-len 1024 --out data/first
 then in the YAML of the run:
   data: {tokenizer: data/first/tokenizer.model, seq_len: 1024, sources: [{path: data/first}]}
+
+other examples:
+  tools/prepare_data.py web.parquet --split-by language --tokenizer t.model --seq-len 1024 --out data/web
+  tools/prepare_data.py owt/train.bin --end-id 50256 --tokenizer gpt2/tokenizer.json --seq-len 1024 --out data/owt
 
 A tokenizer of others is its tokenizer.json, with tokenizer_config.json beside it, or its sentencepiece tokenizer.model.
 Some of them change text (to NFC, for instance): the documents that do not come back byte for byte are kept, counted,
@@ -60,7 +68,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--valid-fraction", type=as_number, default=0.005, help="share of documents for validation (default: 0.005)"
     )
-    parser.add_argument("--text-key", default="text", help="of .jsonl and .parquet (default: text)")
+    parser.add_argument("--text-key", default="text", help="of .jsonl, .parquet and .arrow (default: text)")
+    parser.add_argument(
+        "--end-id",
+        type=as_integer,
+        metavar="ID",
+        help="the id that stands between documents in a .bin of token ids, such as 50256 for GPT-2; without it a .bin "
+        "is read only with Megatron's .idx beside it",
+    )
     parser.add_argument(
         "--sample-alpha",
         type=as_number,
@@ -75,6 +90,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="write two folders, OUT/long of the documents of more than N tokens and OUT/short of the others, so that "
         "data.sources can give each its weight",
+    )
+    parser.add_argument(
+        "--split-by",
+        metavar="KEY",
+        help="write a folder OUT/VALUE for each string or whole number under this key of a line or column of a table, "
+        "such as language or meta.source (source of the object meta); what has none goes to OUT/unlabelled",
     )
     parser.add_argument("--processes", type=as_integer, help="worker processes (default: one for each core)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that this program wrote before")
@@ -99,6 +120,8 @@ def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
     for name, split in manifest["splits"].items():
         if name.endswith("valid") and split["documents"] == 0 and manifest["valid_fraction"] > 0:
             lines.append(f"warning: no document fell into the {name} split; raise --valid-fraction")
+        if name.endswith("train") and split["documents"] == 0:
+            lines.append(f"warning: no document is in the {name} split: leave the folder out of data.sources")
     lines.append(f"padding {manifest['padding_share']:.2%}; written to {out} in {seconds:.0f} s")
     return "\n".join(lines)
 
@@ -123,6 +146,8 @@ def main() -> None:
         copies=options.copies,
         text_key=options.text_key,
         split_by_length=options.split_by_length,
+        split_by=options.split_by,
+        end_id=options.end_id,
     )
     with ProgressDisplay() as progress:
         manifest = prepare(

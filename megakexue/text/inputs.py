@@ -1,12 +1,12 @@
 """Turn the files that people have into documents: find them, cut them into blocks, read a block.
 
-A document is a text file, a line of a .jsonl (or .ndjson) file or a row of a Parquet file. Text and lines may be packed
-as .gz, .zst, .bz2 or .xz.
+A document is a text file, a line of a .jsonl (or .ndjson) file or a row of a Parquet or Arrow file. Text and lines may
+be packed as .gz, .zst, .bz2 or .xz. Files of token ids are found and cut here too, and read by text/token_files.
 
 What must stay true:
 - The borders of the blocks depend on the files alone, so the order of documents does not depend on who reads a block.
 - Whoever cuts the files does not read them: a block only names a place. The exception is what can be read from its
-  beginning only (packed lines, Parquet). It is unpacked block by block into small files in a spool folder.
+  beginning only (packed lines, tables). It is unpacked block by block into small files in a spool folder.
 - What is not a usable document is never dropped in silence: it comes with a reason, one of `REASONS`. One bad record
   costs that record. Where packed data is damaged, the lines before the place where its unpacker notices it are kept; a
   damaged text file is not.
@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megakexue.config import UserError, require
+from megakexue.files import parse_json
+from megakexue.text.tables import TABLES, check_table, table_lines
+from megakexue.text.token_files import TokenFile, find_ids, is_index, spans_of
 
 BLOCK_BYTES = 1 << 20
 """Text in a block. Smaller blocks cost more messages; larger ones cost memory, and leave workers idle at the end."""
@@ -43,6 +46,7 @@ REASONS = {
     "not_utf8": "not valid UTF-8",
     "bad_json": "a line that is no JSON",
     "no_text": "a line or row without a string under the text key (--text-key)",
+    "marked": "token ids with BOS, EOS or PAD, or the id of --end-id, in the midst of a document",
     "too_large": f"above {MAX_DOCUMENT_BYTES >> 20} MiB",
     "unreadable": "cannot be read",
     "damaged": "damaged or cut short: the lines before this one are kept, a text file is not",
@@ -50,7 +54,21 @@ REASONS = {
     "not_a_file": "a pipe, socket or device",
     "hidden": "hidden: its name begins with a dot",
     "read_already": "a link to a folder that is read already",
+    "beside_data": "belongs to a data set and holds none of its documents",
 }
+
+
+class Reading(NamedTuple):
+    """What to read of the files."""
+
+    text_key: str = "text"
+    """Of lines and rows: the string under it is the document."""
+    split_by: str | None = None
+    """Of lines and rows: the string or whole number under it is the document's label. `a.b` is b of the object a."""
+    end_id: int | None = None
+    """What stands between the documents in .bin files of token ids."""
+    id_dtype: str | None = None
+    """Of ids in .bin files that do not say it. None: files of ids are not read, they are text like any other."""
 
 
 class Found(NamedTuple):
@@ -82,6 +100,8 @@ class Block(NamedTuple):
     """The block is the first of its file: line numbers start again."""
     fault: str | None = None
     """There is nothing to read, for this reason. With a span: from this line of the file on."""
+    ids: TokenFile | None = None
+    """Token ids; the span is then as `spans_of` gives it."""
 
     @property
     def path(self) -> str:
@@ -123,6 +143,7 @@ def find_files(inputs: list[str], folders: set[tuple[int, int]] | None = None) -
         for root in roots_of(name):
             for path, fault in walk(root, seen) if os.path.isdir(root) else [(root, None)]:
                 found = found or fault != "hidden"
+                fault = "beside_data" if fault is None and is_index(path) else fault
                 size, of_file = look_at(path) if fault is None else (0, fault)
                 yield Found(source, path, size, of_file)
         require(found, f"{name}: there is no file in it")
@@ -213,6 +234,7 @@ def walk(root: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, str | Non
         except OSError:
             yield folder, "unreadable"
             continue
+        beside = beside_data(folder, names)
         inner = []
         for path in (os.path.join(folder, name) for name in names):
             if os.path.basename(path).startswith("."):
@@ -220,8 +242,32 @@ def walk(root: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, str | Non
             elif os.path.isdir(path):
                 inner.append(path)
             else:
-                yield path, None
+                yield path, "beside_data" if os.path.basename(path) in beside else None
         stack += reversed(inner)
+
+
+def beside_data(folder: str, names: list[str]) -> set[str]:
+    """Return which files in a folder belong to a data set of Hugging Face's `datasets` and hold none of its rows.
+
+    They say what it is, or are left of a `map` or a `filter` (cache-*.arrow).
+
+    Raises:
+        UserError: a file with rows is missing, which only the data set itself can notice.
+    """
+    tables = {name for name in names if name.endswith(".arrow")}
+    if tables and "state.json" in names:  # written by save_to_disk
+        path = os.path.join(folder, "state.json")
+        try:
+            files = parse_json(Path(path).read_text(encoding="utf-8"))["_data_files"]
+            tables = {file["filename"] for file in files}
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+        missing = sorted(tables - set(names))
+        require(not missing, f"{path} names {' '.join(missing[:3])}, and there is no such file: copy the folder again")
+        return set(names) - tables
+    if tables and "dataset_info.json" in names:  # a cache
+        return set(names) - {name for name in tables if not name.startswith("cache-")}
+    return {"dataset_dict.json"} & set(names)
 
 
 def look_at(path: str) -> tuple[int, str | None]:
@@ -233,7 +279,7 @@ def look_at(path: str) -> tuple[int, str | None]:
     return (info.st_size, None) if stat.S_ISREG(info.st_mode) else (0, "not_a_file")
 
 
-def check_inputs(inputs: list[str], text_key: str, out: Path) -> int:
+def check_inputs(inputs: list[str], reading: Reading, out: Path) -> int:
     """Check what can be checked before hours of reading. Return the bytes of all files.
 
     Args:
@@ -251,8 +297,11 @@ def check_inputs(inputs: list[str], text_key: str, out: Path) -> int:
     for found in find_files(inputs, folders):
         n_bytes += found.size
         if found.fault is None:
-            check_readable(found.path, text_key)
+            check_readable(found.path, reading)
             require(not is_same(found.path, out), f"--out {out} is INPUT {found.path}: choose another --out")
+        elif is_index(found.path):
+            ids = found.path.removesuffix(".idx") + ".bin"
+            require(os.path.exists(ids), f"{found.path}: there is no {ids}, which has its ids: copy both")
     for parent in Path(os.path.realpath(out)).parents:
         if parent.exists():
             info = parent.stat()
@@ -265,42 +314,30 @@ def is_same(path: str, out: Path) -> bool:
     return os.path.basename(path) == out.name and os.path.realpath(path) == os.path.realpath(out)
 
 
-def check_readable(path: str, text_key: str) -> None:
-    """Check that the packages for this file are installed, and that a Parquet file has strings under `text_key`.
+def check_readable(path: str, reading: Reading) -> None:
+    """Check that the packages for this file are installed, and that tables and files of ids are what they should be.
 
     Raises:
-        UserError: a package is missing, or the Parquet file is packed or without such a column.
+        UserError: a package is missing, a table is packed or without the columns, or see `find_ids`.
     """
     kind, packed = suffixes(path)
     if packed == ".zst":
         require(importlib.util.find_spec("zstandard") is not None, f"{path}: to read it, pip install zstandard")
-    if kind != ".parquet":
-        return
-    require(importlib.util.find_spec("pyarrow") is not None, f"{path}: to read it, pip install pyarrow")
-    require(not packed, f"{path}: unpack it first; Parquet is compressed inside")
-    import pyarrow
-    import pyarrow.parquet
+    if kind in TABLES:
+        require(not packed, f"{path}: unpack it first; tables are compressed inside")
+        check_table(path, kind, reading.text_key, reading.split_by)
+    ids_in(path, reading)
 
+
+def ids_in(path: str, reading: Reading) -> TokenFile | None:
+    """Return where a file has token ids, or None: it is no such file. Raises UserError: see `find_ids`."""
+    kind, packed = suffixes(path)
     try:
-        with open(path, "rb") as file:  # pyarrow itself opens no name that is not UTF-8
-            schema = pyarrow.parquet.read_schema(file)
-    except (OSError, pyarrow.ArrowException):
-        return  # it will be listed as damaged
-    require(text_key in schema.names, f"{path}: no column {text_key!r} among {schema.names}: set --text-key")
-    column = schema.field(text_key).type
-    require(is_text(column), f"{path}: column {text_key!r} holds {column}, not strings: set --text-key")
-
-
-def is_text(column: Any) -> bool:
-    """Whether a pyarrow type holds strings: plain, large, as a view, in a dictionary, or with a name of its own."""
-    import pyarrow
-
-    if isinstance(column, pyarrow.BaseExtensionType):
-        return is_text(column.storage_type)
-    if pyarrow.types.is_dictionary(column):
-        return is_text(column.value_type)
-    kinds = pyarrow.types
-    return kinds.is_string(column) or kinds.is_large_string(column) or kinds.is_string_view(column)
+        if reading.id_dtype is None or kind != ".bin" or packed:
+            return None
+        return find_ids(path, reading.end_id, reading.id_dtype)
+    except OSError:
+        return None  # it will be listed as unreadable
 
 
 # --- unpacking -------------------------------------------------------------------------------------------------------
@@ -388,16 +425,16 @@ def open_unpacked(path: str, raw: io.BufferedReader) -> tuple[io.BufferedReader,
 # --- cutting into blocks ---------------------------------------------------------------------------------------------
 
 
-def cut_into_blocks(files: Iterable[Found], spool: Path, text_key: str) -> Iterator[Block]:
+def cut_into_blocks(files: Iterable[Found], spool: Path, reading: Reading) -> Iterator[Block]:
     """Cut the files into blocks of about `BLOCK_BYTES`.
 
-    Packed lines and Parquet are unpacked here, a block at a time, into small files in the folder `spool`.
+    Packed lines and tables are unpacked here, a block at a time, into small files in the folder `spool`.
     """
     spool_files = (spool / str(number) for number in itertools.count())
     whole, n_chars = Block(0, [], 0), 0  # a block of whole files, still growing; the characters of their names
     for source, path, size, fault in files:
-        kind, packed = suffixes(path)
-        is_document = kind not in (".jsonl", ".parquet")
+        ids = ids_in(path, reading) if fault is None else None
+        is_document = suffixes(path)[0] not in (".jsonl", *TABLES) and ids is None
         if fault is None and not is_document:
             try:
                 open(path, "rb").close()
@@ -413,14 +450,25 @@ def cut_into_blocks(files: Iterable[Found], spool: Path, text_key: str) -> Itera
         elif is_document:
             whole = Block(source, [*whole.paths, path], whole.size + size)
             n_chars += len(path)
-        elif kind == ".parquet":
-            yield from spool_blocks(source, path, parquet_lines(path, size, text_key), spool_files)
-        elif packed:
-            yield from spool_blocks(source, path, packed_lines(path), spool_files)
+        elif ids is not None:
+            for span, n_bytes in spans_of(ids):
+                yield Block(source, [path], n_bytes, span, first=span[0] == 0, ids=ids)
         else:
-            yield from line_spans(source, path, size)
+            yield from blocks_of_lines(source, path, size, spool_files, reading)
     if whole.paths:
         yield whole
+
+
+def blocks_of_lines(source: int, path: str, size: int, spool: Iterator[Path], reading: Reading) -> Iterator[Block]:
+    """Yield the blocks of a file of lines or rows."""
+    kind, packed = suffixes(path)
+    if kind in TABLES:
+        lines = table_lines(path, kind, size, reading.text_key, reading.split_by)
+        yield from spool_blocks(source, path, lines, spool)
+    elif packed:
+        yield from spool_blocks(source, path, packed_lines(path), spool)
+    else:
+        yield from line_spans(source, path, size)
 
 
 def rest_of_line(file: io.BufferedReader) -> bytes:
@@ -463,31 +511,6 @@ def packed_lines(path: str) -> Iterator[tuple[bytes, int]]:
             done = raw.tell()
         if reason := fault():
             raise Damaged(reason)
-
-
-def parquet_lines(path: str, size: int, text_key: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the rows as lines of JSON, so that there is one form to read; each batch with its share of the file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    def line(text: bytes | None) -> bytes:
-        try:
-            value = None if text is None else text.decode()
-        except UnicodeDecodeError:
-            return b"\xff"  # read_line will say so
-        return json.dumps({text_key: value}, ensure_ascii=False).encode()
-
-    with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
-        n_rows = max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
-            column = batch.column(0)
-            if isinstance(column, pyarrow.ExtensionArray):
-                column = column.storage
-            if isinstance(column, pyarrow.DictionaryArray):
-                column = column.dictionary_decode()
-            # as bytes, since one text that is no UTF-8 would otherwise cost the whole batch
-            texts = column.cast(pyarrow.large_binary()).to_pylist()
-            yield b"".join(line(text) + b"\n" for text in texts), size * len(texts) // n_rows
 
 
 def spool_blocks(source: int, path: str, parts: Iterator[tuple[bytes, int]], spool: Iterator[Path]) -> Iterator[Block]:
@@ -545,24 +568,36 @@ def read_file(path: str) -> tuple[bytes | None, str | None]:
     return (None, reason) if reason else (text.removeprefix(codecs.BOM_UTF8), damage)
 
 
-def read_line(line: bytes, text_key: str) -> tuple[bytes | None, str | None]:
-    """Return the text under `text_key` of a line of JSON, or None and the reason to skip it."""
+def read_line(line: bytes, reading: Reading) -> tuple[bytes | None, str | None, str]:
+    """Return the text of a line of JSON, or None and the reason to skip it; and its label, "" if it has none."""
     if len(line) > MAX_DOCUMENT_BYTES:
-        return None, "too_large"
+        return None, "too_large", ""
     if not line or line.isspace():
-        return None, "empty"
+        return None, "empty", ""
     try:
         record = json.loads(line.decode())
-        text = record.get(text_key) if isinstance(record, dict) else None
+        text = record.get(reading.text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            return None, "no_text"
+            return None, "no_text", ""
         encoded = text.encode()
     except UnicodeError:  # a lone surrogate, such as "\ud800", is valid JSON but not text
-        return None, "not_utf8"
+        return None, "not_utf8", ""
     except (ValueError, RecursionError):
-        return None, "bad_json"
+        return None, "bad_json", ""
     reason = flaw(encoded)
-    return (None, reason) if reason else (encoded, None)
+    return (None, reason, "") if reason else (encoded, None, label_of(record, reading.split_by))
+
+
+def label_of(record: dict[str, Any], key: str | None) -> str:
+    """Return the string or whole number under a key of a record, "" if there is none. `a.b` is b of the object a."""
+    if key is None:
+        return ""
+    head, _, rest = key.partition(".")
+    if key not in record and rest:
+        inner = record.get(head)
+        return label_of(inner, rest) if isinstance(inner, dict) else ""
+    value = record.get(key)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
 def lines_of(file: io.BufferedReader, n_bytes: int) -> Iterator[bytes]:
@@ -572,29 +607,31 @@ def lines_of(file: io.BufferedReader, n_bytes: int) -> Iterator[bytes]:
         yield line.removesuffix(b"\n")
 
 
-def read_block(block: Block, text_key: str) -> tuple[list[bytes], list[tuple[str, int]]]:
-    """Read a block. Lines that were unpacked for it are deleted.
+def read_block(block: Block, reading: Reading) -> tuple[list[bytes], list[tuple[str, int]], list[str]]:
+    """Read a block of text. Lines that were unpacked for it are deleted.
 
     Returns:
-        The documents, and for each path or line with a fault, the reason and its index in the block.
+        The documents; for each path or line with a fault, the reason and its index in the block; and the labels of the
+        documents.
 
     Raises:
         UserError: lines that were there when the block was cut cannot be read any more.
     """
-    entries: Iterable[tuple[bytes | None, str | None]]
+    entries: Iterable[tuple[bytes | None, str | None, str]]
     if block.fault is not None:
-        entries = [(None, block.fault)]
+        entries = [(None, block.fault, "")]
     elif block.span is None:
-        entries = map(read_file, block.paths)
+        entries = ((*read_file(path), "") for path in block.paths)
     else:
-        entries = (read_line(line, text_key) for line in read_lines(block, block.span))
-    documents, faults = [], []
-    for index, (text, reason) in enumerate(entries):
+        entries = (read_line(line, reading) for line in read_lines(block, block.span))
+    documents, faults, labels = [], [], []
+    for index, (text, reason, label) in enumerate(entries):
         if reason:
             faults.append((reason, index))
         if text is not None:
             documents.append(text)
-    return documents, faults
+            labels.append(label)
+    return documents, faults, labels
 
 
 def read_lines(block: Block, span: tuple[int, int]) -> list[bytes]:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,7 +16,8 @@ import numpy as np
 
 from megakexue.config import UserError
 from megakexue.text.duplicates import DigestSet, digests_of
-from megakexue.text.inputs import REASONS, Block, cut_into_blocks, find_files, read_block, suffixes
+from megakexue.text.inputs import REASONS, Block, Reading, cut_into_blocks, find_files, read_block, suffixes
+from megakexue.text.tables import TABLES
 
 MAX_LINES = 20
 """Lines of a file that are named for each reason; all are counted."""
@@ -39,10 +40,12 @@ class Contents(NamedTuple):
     """Bytes of each document, int64."""
     faults: list[tuple[str, int]]
     """(reason, index of the path or line in the block)."""
+    labels: Sequence[str] = ()
+    """Of each document, where they are asked for (--split-by)."""
 
     @classmethod
-    def of(cls, documents: list[bytes], faults: list[tuple[str, int]]) -> "Contents":
-        return cls(digests_of(documents), np.array([len(text) for text in documents], np.int64), faults)
+    def of(cls, documents: list[bytes], faults: list[tuple[str, int]], labels: Sequence[str] = ()) -> "Contents":
+        return cls(digests_of(documents), np.array([len(text) for text in documents], np.int64), faults, labels)
 
 
 class Ledger:
@@ -146,7 +149,7 @@ def advice(name: str) -> str:
     kind, packed = suffixes(name)
     guess = None
     with suppress(OSError):
-        if not packed and kind != ".parquet":
+        if not packed and kind not in TABLES:
             with open(name, "rb") as file:
                 guess = charset_normalizer.from_bytes(file.read(SAMPLE_BYTES), cp_isolation=ENCODINGS).best()
     if guess is None or guess.encoding not in ENCODINGS:
@@ -156,14 +159,14 @@ def advice(name: str) -> str:
     return f"{name} is perhaps {encoding}: iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > {target}"
 
 
-def read_kept(inputs: list[str], text_key: str, spool: Path, ledger: Ledger) -> Iterator[list[str]]:
+def read_kept(inputs: list[str], reading: Reading, spool: Path, ledger: Ledger) -> Iterator[list[str]]:
     """Yield the documents that are kept, block by block, in this process.
 
     Raises:
         UserError: there is none.
     """
-    for block in cut_into_blocks(find_files(inputs), spool, text_key):
-        documents, faults = read_block(block, text_key)
+    for block in cut_into_blocks(find_files(inputs), spool, reading):
+        documents, faults, _ = read_block(block, reading)
         keep = ledger.judge(block, Contents.of(documents, faults))
         ledger.bytes_done += block.size
         yield [text.decode() for text, wanted in zip(documents, keep) if wanted]

@@ -1,7 +1,8 @@
 """Turn text into the token rows that training streams: read, drop duplicates, tokenise, pack, write shards.
 
 A folder of prepared data holds manifest.json, its tokenizer and the splits train/ and valid/, which are MDS shards.
-With `split_by_length` there are two, short/ and long/, so that a run can give a weight to each.
+With `split_by_length` there are two, short/ and long/, and with `split_by` one for each value of a column, so that a
+run can give a weight to each.
 
 What must stay true:
 - The rows depend on the inputs and the arguments, never on the number of processes. The documents travel in numbered
@@ -21,32 +22,39 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, NoReturn
+from urllib.parse import quote
 
 import numpy as np
 
 from megakexue.config import UserError, require
 from megakexue.files import new_folder, seal
 from megakexue.text.duplicates import in_valid
-from megakexue.text.inputs import Block, check_inputs, cut_into_blocks, find_files, read_block
+from megakexue.text.inputs import Block, Reading, check_inputs, cut_into_blocks, find_files, ids_in, read_block
 from megakexue.text.ledger import MAX_LINES, MAX_SHOWN, Contents, Ledger
 from megakexue.text.pack import BestFit, Concat, row_dtype
 from megakexue.text.progress import Progress
 from megakexue.text.shards import ShardWriter
+from megakexue.text.token_files import read_ids
 from megakexue.text.tokenizer import Tokenizer, set_sample_seed
-from megakexue.text.tokenizer_files import copy_tokenizer, load_tokenizer
+from megakexue.text.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, load_tokenizer
 
 FORMAT = 1
 PIECE_BYTES = 1 << 22
 """A longer document is tokenised in pieces of this size, to bound the memory: a character may take 4 bytes, and so may
 a token."""
+MAX_PARTS = 128
+"""Folders of --split-by: each gathers rows in memory, up to 64 MiB of them."""
+UNLABELLED = "unlabelled"
+"""The folder of documents that have no value to split by."""
 LOOKAHEAD = 3
 """Blocks that a worker holds: one being tokenised, one judged, one read."""
 
@@ -68,6 +76,11 @@ class PrepareArguments:
     split_by_length: int | None = None
     """Documents of more tokens, BOS and EOS among them, go into a folder `long`, the others into `short`. None: one
     folder for all."""
+    split_by: str | None = None
+    """Documents go into a folder for each string or whole number under this key of a line or column of a table; those
+    without one into `unlabelled`."""
+    end_id: int | None = None
+    """What stands between documents in .bin files of token ids. None: .bin files without Megatron's index are text."""
 
     def __post_init__(self) -> None:
         require(self.seq_len >= 2, f"--seq-len {self.seq_len} must be at least 2")
@@ -83,11 +96,20 @@ class PrepareArguments:
             limit is None or copies == 1,
             f"--split-by-length does not fit --copies {copies}, which differ in length: leave one of them out",
         )
+        require(
+            limit is None or self.split_by is None, "--split-by does not fit --split-by-length: leave one of them out"
+        )
+        require(self.end_id is None or self.end_id >= 0, f"--end-id {self.end_id} must not be negative")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Folders that are prepared, below the one that is written."""
+        """Folders below the one that is written, as far as they are known before the text is read."""
+        if self.split_by is not None:
+            return ()
         return ("",) if self.split_by_length is None else ("short", "long")
+
+    def reading(self, tokenizer: Tokenizer) -> Reading:
+        return Reading(self.text_key, self.split_by, self.end_id, row_dtype(tokenizer.vocab_size).name)
 
 
 def prepare(
@@ -109,22 +131,29 @@ def prepare(
     bytes_total = check(inputs, tokenizer, out, args, overwrite)
     with new_folder(out) as folder:
         copy = copy_tokenizer(tokenizer_path, folder)
-        for name in ("spool", *args.parts):
-            (folder / name).mkdir(exist_ok=True)
-        blocks = cut_into_blocks(find_files(inputs), folder / "spool", args.text_key)
+        (folder / "spool").mkdir()
+        blocks = cut_into_blocks(find_files(inputs), folder / "spool", args.reading(tokenizer))
         with open(folder / "skipped.tsv", "w", encoding="utf-8") as list_file:
             ledger = SplitLedger(inputs, list_file, args, tokenizer)
-            splits = {name: Split(folder / name, args, tokenizer) for name in ledger.splits}
+            splits: dict[str, Split] = {}
+
+            def add(documents: dict[str, np.ndarray]) -> None:
+                for name in ledger.splits.keys() - splits.keys():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    splits[name] = Split(folder / name, args, tokenizer)
+                for name, tokens in documents.items():
+                    splits[name].add(tokens)
+
+            add({})
             with Workers(processes, copy, args) as workers:
                 for block, tokenised in tokenise_in_order(blocks, workers, ledger.judge):
-                    for name, documents in ledger.add_packed(block, tokenised).items():
-                        splits[name].add(documents)
+                    add(ledger.add_packed(block, tokenised))
                     so_far = ledger.bytes_done, bytes_total, ledger.total("documents"), ledger.total("tokens")
                     on_progress(Progress(*so_far))
         shutil.rmtree(folder / "spool")
         ledger.check_training()
-        entries = {name: split.finish(ledger.splits[name]) for name, split in splits.items()}
-        for part in args.parts:
+        entries = {name: splits[name].finish(counts) for name, counts in ledger.splits.items()}
+        for part in ledger.parts:
             own = {name: entries[f"{part}/{name}".lstrip("/")] for name in ("train", "valid")}
             path = folder / part / "manifest.json"
             manifest = make_manifest(tokenizer, args, own, ledger)
@@ -144,10 +173,15 @@ def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArgum
     )
     if out.exists():
         require(overwrite, f"--out {out} exists: choose another, or add --overwrite")
-        is_written = any((out / part / "manifest.json").is_file() for part in ("", "long"))
+        is_written = (out / "manifest.json").is_file() or any(out.glob("*/manifest.json"))
         ours = out.is_dir() and (is_written or not any(out.iterdir()))
         require(ours, f"--out {out} was not written by prepare_data: --overwrite will not remove it")
-    return check_inputs(inputs, args.text_key, out)
+    reading = args.reading(tokenizer)
+    n_bytes = check_inputs(inputs, reading, out)
+    if args.sample_alpha is not None:
+        of_ids = next((f.path for f in find_files(inputs) if f.fault is None and ids_in(f.path, reading)), None)
+        require(of_ids is None, f"{of_ids} has token ids, which --sample-alpha cannot segment anew: leave it out")
+    return n_bytes
 
 
 def make_manifest(
@@ -185,10 +219,15 @@ class SplitLedger(Ledger):
         self.args, self._tokenizer = args, tokenizer
         for source in self.sources:
             source["tokens"] = 0
-        names = [f"{part}/{split}".lstrip("/") for part in args.parts for split in ("train", "valid")]
-        self.splits = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in names}
-        self._sizes: deque[tuple[np.ndarray, np.ndarray]] = deque()
-        """Of the blocks that are judged and not packed: bytes of each training and validation document that is kept."""
+        self.parts: list[str] = []
+        self.splits: dict[str, dict[str, int]] = {}
+        """Counts by part and split, such as long/train."""
+        self._labels: dict[str, str] = {}  # the part of each label
+        for part in args.parts:
+            self._open(part)
+        self._kept: deque[list[tuple[np.ndarray, np.ndarray]]] = deque()
+        """Of the blocks that are judged and not packed: bytes and labels of the documents that are kept, first of those
+        for training and then of those for validation."""
 
         self.changed: dict[str, Any] = {"changed": 0, "paths": []}
         self._judged: deque[tuple[int, list[int]]] = deque()  # blocks not yet packed: lines before, those of documents
@@ -199,25 +238,54 @@ class SplitLedger(Ledger):
         n, faulty = len(contents.faults) + len(contents.sizes), {index for _, index in contents.faults}
         self._judged.append((self._n_lines - n, [index for index in range(n) if index not in faulty]))
         valid = in_valid(contents.digests, self.args.valid_fraction)
-        self._sizes.append((contents.sizes[keep & ~valid], contents.sizes[keep & valid]))
+        labels = np.array(contents.labels or [""] * len(keep), object)
+        self._kept.append([(contents.sizes[chosen], labels[chosen]) for chosen in (keep & ~valid, keep & valid)])
         return keep
+
+    def _open(self, part: str) -> str:
+        self.parts.append(part)
+        self.splits |= {
+            f"{part}/{name}".lstrip("/"): dict(tokens=0, documents=0, bytes=0) for name in ("train", "valid")
+        }
+        return part
+
+    def _part_of(self, label: str) -> str:
+        """Return the folder of a label. Raises UserError: labels are too long or too many to be folders."""
+        if label not in self._labels:
+            name = folder_name(label) if label else UNLABELLED
+            require(
+                len(name.encode()) <= 200 and len(self._labels) < MAX_PARTS,
+                f"--split-by {self.args.split_by}: {label[:40]!r} is value number {len(self._labels) + 1:,}. They must "
+                f"be short and at most {MAX_PARTS}: name a column of languages or sources",
+            )
+            self._labels[label] = name if name in self.parts else self._open(name)
+        return self._labels[label]
+
+    def _divided(self, lengths: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the parts and which of the documents are theirs, by lengths and labels. A copy is one of `lengths`."""
+        if self.args.split_by is not None:
+            for label in dict.fromkeys(labels):
+                yield self._part_of(label), np.resize(labels == label, len(lengths))
+        elif self.args.split_by_length is not None:
+            is_long = lengths > self.args.split_by_length
+            yield from (("short", ~is_long), ("long", is_long))
+        else:
+            yield "", np.full(len(lengths), True)
 
     def add_packed(self, block: Block, tokenised: Tokenised) -> dict[str, np.ndarray]:
         """Count the tokens of a block, name its documents that do not come back; return tokens by part and split."""
-        found = {}
-        for split, documents, sizes in zip(("train", "valid"), tokenised.splits, self._sizes.popleft()):
+        found: dict[str, np.ndarray] = {}
+        for split, documents, (sizes, labels) in zip(("train", "valid"), tokenised.splits, self._kept.popleft()):
             self.sources[block.source]["tokens"] += len(documents)
             marks = np.flatnonzero(documents == self._tokenizer.bos_id)
             starts = marks[::2] if self._tokenizer.bos_id == self._tokenizer.eos_id else marks
             lengths = np.diff(starts, append=len(documents))
-            for part in self.args.parts:
-                chosen = np.full(len(lengths), True)
-                if self.args.split_by_length is not None:
-                    chosen = (lengths > self.args.split_by_length) == (part == "long")
+            for part, chosen in self._divided(lengths, labels):
                 name = f"{part}/{split}".lstrip("/")
-                found[name] = documents[np.repeat(chosen, lengths)]
-                of_documents = sizes if len(self.args.parts) == 1 else sizes[chosen]  # copies are no documents
-                counted = {"tokens": len(found[name]), "documents": len(of_documents), "bytes": int(of_documents.sum())}
+                tokens = documents[np.repeat(chosen, lengths)]
+                found[name] = np.concatenate([found[name], tokens]) if name in found else tokens
+                of_documents = sizes[chosen[: len(sizes)]]  # copies are no documents
+                counted = {"tokens": len(tokens), "documents": len(of_documents), "bytes": int(of_documents.sum())}
                 self.splits[name] = {key: n + counted[key] for key, n in self.splits[name].items()}
         self.bytes_done += block.size
         self._name_changed(block, tokenised.changed)
@@ -237,13 +305,17 @@ class SplitLedger(Ledger):
                 self._list_file.write(f"changed\t{name}\n")
 
     def check_training(self) -> None:
-        """Require something to train on in each part. Raises UserError."""
-        for part in self.args.parts:
+        """Require something to train on: in each part, or, with `split_by`, in any, and a label. Raises UserError."""
+        split_by = self.args.split_by
+        if split_by is not None and self.parts == [UNLABELLED] and "" in self._labels:
+            raise UserError(f"--split-by {split_by}: no line and no row has a string or a whole number there")
+        found = any(counts["documents"] for name, counts in self.splits.items() if name.endswith("train"))
+        for part in self.args.parts or ("",) * (not found):
             kind = {"": "", "short": f" of at most {self.args.split_by_length} tokens",
                     "long": f" of more than {self.args.split_by_length} tokens"}[part]  # fmt: skip
             remedy = ": choose another --split-by-length" if part and self.total("documents") else ""
             require(
-                self.splits[f"{part}/train".lstrip("/")]["documents"] > 0,
+                found and self.splits[f"{part}/train".lstrip("/")]["documents"] > 0,
                 f"no training document{kind} in {' '.join(self.inputs)}; skipped: {self.reasons()}{remedy}",
             )
 
@@ -291,6 +363,13 @@ class Split:
             "unigram_entropy_nats": float(p @ np.log(1 / p)) if n_targets else None,
             "index_sha256": self.writer.finish(),
         }
+
+
+def folder_name(label: str) -> str:
+    """Return a name for a folder, of another label another one: what is no letter, digit, _, - or . becomes %XX."""
+    name = re.sub(r"[^\w.-]|^\.", lambda found: quote(found[0], safe="", errors="surrogatepass"), label)
+    name = name.replace(".", "%2E", 1) if name.startswith(".") else name
+    return name + "%" if name in ("spool", "skipped.tsv", *TOKENIZER_FILES) else name
 
 
 # ------------------------------------------------------------------------------------------- many processes, one order
@@ -400,13 +479,12 @@ def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> Non
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker would have a thread for each core
         tokenizer = load_tokenizer(tokenizer_path)
         set_sample_seed(int.from_bytes(os.urandom(4), "little"))  # no two workers may draw the same stream
-        held: dict[int, tuple[list[bytes], np.ndarray]] = {}
+        held: dict[int, tuple[Sequence[bytes | np.ndarray], np.ndarray]] = {}
         while True:
             task, number, value = parent.recv()
             if task == "read":
                 where = value.path
-                documents, faults = read_block(value, args.text_key)
-                contents = Contents.of(documents, faults)
+                documents, contents = read(value, tokenizer, args)
                 held[number] = documents, contents.digests
                 parent.send((number, contents))
             else:
@@ -424,8 +502,21 @@ def work(parent: Connection, tokenizer_path: str, args: PrepareArguments) -> Non
         parent.send((None, f"near {where}:\n{traceback.format_exc()}"))
 
 
-def tokenise(texts: list[bytes], digests: np.ndarray, tokenizer: Tokenizer, args: PrepareArguments) -> Tokenised:
-    """Return the tokens of documents. With copies, each document comes once before the first comes again."""
+def read(block: Block, tokenizer: Tokenizer, args: PrepareArguments) -> tuple[Sequence[bytes | np.ndarray], Contents]:
+    """Return the documents of a block, as text or as ids, and what is told of them."""
+    if block.ids is None or block.span is None:
+        texts, faults, labels = read_block(block, args.reading(tokenizer))
+        return texts, Contents.of(texts, faults, labels if args.split_by is not None else ())
+    ids, texts, faults = read_ids(block.ids, block.span, tokenizer)
+    return ids, Contents.of(texts, faults)
+
+
+def tokenise(
+    documents: list[bytes | np.ndarray], digests: np.ndarray, tokenizer: Tokenizer, args: PrepareArguments
+) -> Tokenised:
+    """Return the tokens of documents; ids stay as they are. With copies, each document comes once before the first
+    comes again.
+    """
     dtype = row_dtype(tokenizer.vocab_size)
     bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
     valid = in_valid(digests, args.valid_fraction)
@@ -434,10 +525,14 @@ def tokenise(texts: list[bytes], digests: np.ndarray, tokenizer: Tokenizer, args
         parts = [np.empty(0, dtype)]
         copies = args.copies if alpha is not None else 1
         for index in np.tile(np.flatnonzero(wanted), copies):
-            pieces = enumerate(pieces_of(texts[index]))
-            ids = [tokenizer.encode_array(piece, alpha, is_start=i == 0) for i, piece in pieces]
-            if not tokenizer.is_exact and tokenizer.decode_bytes(np.concatenate(ids).tolist()) != texts[index]:
-                changed.append(int(index))
+            document = documents[index]
+            if isinstance(document, np.ndarray):
+                ids = [document]
+            else:
+                pieces = enumerate(pieces_of(document))
+                ids = [tokenizer.encode_array(piece, alpha, is_start=i == 0) for i, piece in pieces]
+                if not tokenizer.is_exact and tokenizer.decode_bytes(np.concatenate(ids).tolist()) != document:
+                    changed.append(int(index))
             parts += [bos, *(part.astype(dtype) for part in ids), eos]
         tokens = np.concatenate(parts)
         n_marks = copies * np.count_nonzero(wanted) * (2 if bos == eos else 1)

@@ -11,6 +11,7 @@ from megakexue.text.tokenizer_json import CONFIG, TokenizerJson, read_spec
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 """What folders of ours call them; tokenizer_config.json lies beside the first."""
+TOKENIZER_FILES = (JSON, MODEL, CONFIG)
 OTHERS = {
     rb"\s*version https://git-lfs": "a pointer of Git LFS: fetch the file itself with git lfs pull",
     rb"\x80[\x02-\x05]|PK\x03\x04": "a pickle or an archive, which is never opened here",

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from megakexue.config import UserError
 from megakexue.text import inputs as module
-from megakexue.text.inputs import check_inputs, find_files, matches
+from megakexue.text.inputs import Reading, check_inputs, find_files, matches
 from megakexue.text.prepare import prepare
 from megakexue.text.tokenizer import SentencePiece
 from tests.text.helpers import TEXTS, arguments, documents_in, write_lines
@@ -188,7 +188,7 @@ def test_a_document_that_is_too_large_is_skipped(tmp_path: Path, monkeypatch: py
     (tmp_path / "c.txt").write_bytes(b"x" * 10)
     read = [module.read_file(str(tmp_path / name))[1] for name in ("a.txt", "b.txt.gz", "c.txt")]
     assert read == ["too_large", "too_large", None]
-    assert module.read_line(b'{"text": "12345678901"}', "text")[1] == "too_large"
+    assert module.read_line(b'{"text": "12345678901"}', Reading())[1] == "too_large"
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -210,8 +210,8 @@ def read_all(path: Path) -> tuple[list[bytes], list[tuple[str, int | None]]]:
     faults: list[tuple[str, int | None]] = []
     n_lines = 0
     with tempfile.TemporaryDirectory() as spool:
-        for block in module.cut_into_blocks(find_files([str(path)]), Path(spool), "text"):
-            texts, skipped = module.read_block(block, "text")
+        for block in module.cut_into_blocks(find_files([str(path)]), Path(spool), Reading()):
+            texts, skipped, _ = module.read_block(block, Reading())
             documents += texts
             faults += [(reason, None if block.span is None else n_lines + index + 1) for reason, index in skipped]
             n_lines += len(texts) + len(skipped)
@@ -297,7 +297,7 @@ def test_every_string_type_of_pyarrow(tmp_path: Path) -> None:
     for number, column in enumerate([*columns, broken]):
         path = tmp_path / f"{number}.parquet"
         parquet.write_table(pyarrow.table({"text": column}), path)
-        module.check_readable(str(path), "text")
+        module.check_readable(str(path), Reading())
         is_broken = number == len(columns)
         documents = [b"a", b"b"] if is_broken else [b"a", "中".encode(), b"a"]
         assert read_all(path) == (documents, [("not_utf8" if is_broken else "no_text", 2)])
@@ -306,7 +306,7 @@ def test_every_string_type_of_pyarrow(tmp_path: Path) -> None:
 def test_lines_that_vanish_are_an_error(tmp_path: Path) -> None:
     block = module.Block(0, [str(tmp_path / "gone.jsonl")], 1, span=(0, 1))
     with pytest.raises(UserError, match=r"gone.jsonl: cannot be read any more: No such file or directory: start again"):
-        module.read_block(block, "text")
+        module.read_block(block, Reading())
 
 
 def test_checks_before_hours_of_reading(tmp_path: Path) -> None:
@@ -315,15 +315,15 @@ def test_checks_before_hours_of_reading(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "in/linked").symlink_to(tmp_path / "disk")
     folder = str(tmp_path / "in")
-    assert check_inputs([folder], "text", tmp_path / "out") == 5
+    assert check_inputs([folder], Reading(), tmp_path / "out") == 5
     for out in ("in/out", "in/sub/new/out", "disk/out"):
         with pytest.raises(UserError, match="lies inside an INPUT, and the next run would read it: choose another"):
-            check_inputs([folder], "text", tmp_path / out)
+            check_inputs([folder], Reading(), tmp_path / out)
     with pytest.raises(UserError, match=r"is INPUT .*a.txt: choose another --out"):
-        check_inputs([f"{folder}/a.txt"], "text", tmp_path / "in/a.txt")
+        check_inputs([f"{folder}/a.txt"], Reading(), tmp_path / "in/a.txt")
     for again in (folder, f"{folder}/", f"{folder}/sub/.."):
         with pytest.raises(UserError, match="an INPUT is named twice"):
-            check_inputs([folder, again], "text", tmp_path / "out")
+            check_inputs([folder, again], Reading(), tmp_path / "out")
 
 
 def test_wrong_parquet(model: Path, tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_wrong_parquet(model: Path, tmp_path: Path) -> None:
         ("a", "text", r"no column 'text' among \['body', 'n'\]: set --text-key"),
         ("a", "n", "column 'n' holds int64, not strings: set --text-key"),
         ("b", "text", "no training document in .*b.parquet; skipped: 1 damaged or cut short"),
-        ("c", "text", "unpack it first; Parquet is compressed inside"),
+        ("c", "text", "unpack it first; tables are compressed inside"),
     ]:
         path = next(str(path) for path in tmp_path.glob(f"{name}.*"))
         with pytest.raises(UserError, match=message):
@@ -348,4 +348,4 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(sys.modules, package, None)
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(UserError, match=f"{name}: to read it, pip install {package}"):
-            module.check_readable(str(tmp_path / name), "text")
+            module.check_readable(str(tmp_path / name), Reading())

@@ -17,7 +17,7 @@ import pytest
 
 from megakexue.config import UserError
 from megakexue.text import inputs as inputs_module
-from megakexue.text.inputs import Block
+from megakexue.text.inputs import Block, Reading
 from megakexue.text.ledger import Contents, Ledger, printable, read_kept, report
 from megakexue.text.prepare import prepare
 from tests.text.helpers import arguments, documents_in
@@ -171,7 +171,7 @@ def test_every_document_is_kept_a_duplicate_or_listed(
     (tmp_path / "spool").mkdir()
     with open("list", "w+") as list_file:
         ledger = Ledger(["in"], list_file)
-        texts = [text for block in read_kept(["in"], "text", tmp_path / "spool", ledger) for text in block]
+        texts = [text for block in read_kept(["in"], Reading(), tmp_path / "spool", ledger) for text in block]
         list_file.seek(0)
         listed = list_file.read().splitlines()
     assert len(texts) == len(set(texts)) == ledger.total("documents")
@@ -185,7 +185,7 @@ def test_every_document_is_kept_a_duplicate_or_listed(
         os.chdir(tmp_path)
         manifest = prepare(["in"], model, "out", arguments(), processes=2)
         again = Ledger(["in"])
-        texts = [text for block in read_kept(["in"], "text", tmp_path / "spool", again) for text in block]
+        texts = [text for block in read_kept(["in"], Reading(), tmp_path / "spool", again) for text in block]
         assert documents_in(tmp_path / "out") == texts
         tokens = manifest["sources"]["in"].pop("tokens")
         assert tokens == manifest["splits"]["train"]["tokens"]
@@ -224,7 +224,7 @@ def test_the_command_that_is_advised_converts_the_file(text: str, encoding: str,
     (tmp_path / "spool").mkdir()
     ledger = Ledger([str(path)])
     with pytest.raises(UserError, match=r"no document in .*my text.md; skipped: 1 not valid UTF-8"):
-        list(read_kept([str(path)], "text", tmp_path / "spool", ledger))
+        list(read_kept([str(path)], Reading(), tmp_path / "spool", ledger))
     line = report(ledger.facts)[-1]
     assert line.startswith(f"{path} is perhaps {name}: iconv -f {name} -t UTF-8 '")
     assert os.system(line.partition(": ")[2]) == 0

@@ -280,6 +280,61 @@ def test_split_by_length_loses_nothing(model: Path, tmp_path: Path) -> None:
     assert not (out / "long").exists()
 
 
+def test_split_by_a_label_loses_nothing(model: Path, tmp_path: Path) -> None:
+    labels = ["zh", "en", None, "..", "a/b", "spool", 7, "", True, "zh"]
+    lines: list[dict[str, Any]] = [
+        {"text": f"number {i}\n" * (1 + i % 3), "meta": {"of": labels[i % 10]}} for i in range(200)
+    ]
+    lines += [{"text": "without meta"}, {"text": "a literal key", "meta.of": "en"}, lines[0]]
+    path, plain, out = tmp_path / "a.jsonl", tmp_path / "b.txt", tmp_path / "out"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain.write_text("a text file has no label")
+    inputs = [str(path), str(plain)]
+    common: dict[str, Any] = dict(valid_fraction=0.3, seq_len=64)
+    whole = prepare(inputs, model, tmp_path / "whole", arguments(**common), processes=2)
+    both = prepare(inputs, model, out, arguments(**common, split_by="meta.of"), processes=2)
+    folders: dict[str, list[Any]] = {
+        "zh": ["zh"], "en": ["en"], "%2E.": [".."], "a%2Fb": ["a/b"], "spool%": ["spool"], "7": [7],
+        "unlabelled": [None, "", True],
+    }  # fmt: skip
+    assert {path.name for path in out.iterdir()} == {*folders, "skipped.tsv", "tokenizer.model"}
+    extra = {"en": {"a literal key"}, "unlabelled": {"without meta", "a text file has no label"}}
+    for folder, of in folders.items():
+        wanted = {line["text"] for line in lines[:200] if any(line["meta"]["of"] is label for label in of)}
+        found = [text for split in ("train", "valid") for text in documents_in(out / folder, split)]
+        assert len(found) == len(set(found)) and set(found) == wanted | extra.get(folder, set())
+        assert set(documents_in(out / folder, "valid")) <= set(documents_in(tmp_path / "whole", "valid"))
+        splits = json.loads((out / folder / "manifest.json").read_text())["splits"]
+        assert splits == {split: both["splits"][f"{folder}/{split}"] for split in ("train", "valid")}
+        assert read_manifest(out / folder).seq_len == 64
+    for key in ("documents", "bytes", "tokens"):
+        for split in ("train", "valid"):
+            assert sum(both["splits"][f"{folder}/{split}"][key] for folder in folders) == whole["splits"][split][key]
+    assert both["sources"] == whole["sources"]
+    sampled = arguments(seq_len=64, split_by="meta.of", sample_alpha=0.2, copies=3)
+    copies = prepare(inputs, model, out, sampled, processes=1, overwrite=True)
+    assert copies["splits"]["zh/train"]["documents"] == 40
+    assert sorted(documents_in(out / "zh")) == sorted(
+        3 * [line["text"] for line in lines[:200] if line["meta"]["of"] == "zh"]
+    )
+
+
+def test_what_cannot_be_split_by(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PARTS", 3)
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"{i}", "url": f"http://{i}", "long": "x" * 300}) + "\n" for i in range(9))
+    )
+    for key, message in (
+        ("language", "--split-by language: no line and no row has a string or a whole number there"),
+        ("url", "--split-by url: 'http://3' is value number 4. They must be short and at most 3: name a column of"),
+        ("long", "--split-by long: 'x+' is value number 1. They must be short"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare([str(path)], model, tmp_path / "out", arguments(split_by=key), processes=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_progress_reaches_the_end(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs_module, "BLOCK_BYTES", 2000)
     folder = tmp_path / "in"

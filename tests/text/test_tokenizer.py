@@ -400,6 +400,33 @@ def test_training_drops_nothing(tmp_path: Path) -> None:
     train_tokenizer(surrogate, tmp_path / "t.model", vocab_size=400, kind="bpe")
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_pieces_stay_within_chinese_words(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rjieba = pytest.importorskip("rjieba")
+    text = "".join(f"{who}的时候，{who}的研究\n" for who in ("我", "你", "我们"))
+    options: dict[str, Any] = {"kind": kind, "n_threads": 1}
+    texts = [text * 40]
+    plain = train_tokenizer(texts, tmp_path / "plain.model", vocab_size=275, **options)
+    options |= {"vocab_size": 273, "chinese_words": True}
+    facts = train_tokenizer(texts, tmp_path / "words.model", **options)
+    assert plain["chinese_words"] is None and facts["chinese_words"].startswith("rjieba ")
+    monkeypatch.setitem(sys.modules, "rjieba", None)  # from here on it is not needed
+    pieces = {}
+    for name in ("plain", "words"):
+        tokenizer = SentencePiece(tmp_path / f"{name}.model")
+        for nasty in [*NASTY, text]:
+            check_lossless(tokenizer, nasty)
+        pieces[name] = {tokenizer.piece(i).decode("utf-8", "replace") for i in range(tokenizer.vocab_size)}
+    words = {word for run in module.HAN.findall(text) for word in rjieba.cut(run, False)}
+    assert {"研究", "时候"} <= words
+    whole = {piece for piece in pieces["words"] if len(piece) > 1 and module.HAN.fullmatch(piece)}
+    assert whole and all(any(piece in word for word in words) for piece in whole)
+    assert any(not any(p in word for word in words) for p in pieces["plain"] if module.HAN.fullmatch(p))
+    with pytest.raises(UserError, match=r"--chinese-words needs rjieba: pip install 'megakexue\[chinese\]'"):
+        train_tokenizer(texts, tmp_path / "none.model", **options)
+    assert not (tmp_path / "none.model").exists()
+
+
 def test_newlines_and_indentation_have_pieces(unigram: SentencePiece) -> None:
     assert len(unigram.encode("):\n" + " " * 8)) == 2
 
