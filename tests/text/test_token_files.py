@@ -56,10 +56,16 @@ def ids_of(out: Path, split: str = "train") -> list[list[int]]:
     return [document for document in documents if document]
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
-def test_megatron_documents_keep_their_ids(
-    dtype: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64"])
+def test_ids_of_every_type(dtype: str, prepared: Prepared, tmp_path: Path) -> None:
+    documents = [[[4, 5], [100]], [[6]], [[7, 8, EOS]]]
+    file = module.find_ids(str(write_megatron(tmp_path / "a", documents, dtype)), None, "uint16")
+    assert file is not None and [span for span, _ in module.spans_of(file)] == [(0, 3)]
+    ids, texts, faults = module.read_ids(file, (0, 3), load_tokenizer(prepared.tokenizer))
+    assert [i.tolist() for i in ids] == [[4, 5, 100], [6], [7, 8]] and not faults and len(texts) == 3
+
+
+def test_megatron_documents_keep_their_ids(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_IDS", 300)  # many blocks
     tokenizer, folder, out = SentencePiece(model), tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -71,7 +77,7 @@ def test_megatron_documents_keep_their_ids(
     documents.insert(3, [[BOS, EOS]])  # empty
     documents.insert(5, [[7, EOS, 8]])  # an end in the midst
     documents.insert(9, documents[0])  # a duplicate
-    path = write_megatron(folder / "my_text_document", documents, dtype)
+    path = write_megatron(folder / "my_text_document", documents)
     manifests = [prepare([str(folder)], model, tmp_path / f"out{n}", arguments(), processes=n) for n in (1, 2)]
     assert manifests[0] == manifests[1]
     assert ids_of(tmp_path / "out1") == [[i for ids in sequences for i in ids] for sequences in sources]

@@ -72,7 +72,7 @@ def training(name: str, seed: int, steps: int) -> Run:
     overrides = (
         f"data.sources=[{{path: {OUT}/{name}}}]", f"data.tokenizer={OUT}/{name}_{kind}_{size}.model",
         f"model.vocab_size={size}", f"train.steps={steps}", "train.global_batch_size=4", f"train.seed={seed}",
-        f"data.shuffle_seed={seed}", "optim.name=adamw", "optim.lr=3e-3", "checkpoint.every_steps=250",
+        f"data.shuffle_seed={seed}", "optim.name=adamw", "optim.lr=1e-2", "checkpoint.every_steps=250",
         f"evaluate.every_steps={steps}", "evaluate.n_rows=4096", "metrics.every_steps=50",
         "metrics.statistics_every_steps=null", "metrics.tensorboard=false",
     )  # fmt: skip
