@@ -368,7 +368,8 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     tie_embeddings: bool = False
-    """Whether the head uses the weights of the input embedding."""
+    """Whether the head uses the weights of the input embedding. With deepnorm, whose stream stays close to the
+    embedding, such models learned far more slowly in the runs of docs/experiments.md: prefer prenorm with it."""
     norm_eps: float = 1e-6
     """Added to the mean square in each RMS norm."""
     residual: Literal["deepnorm", "prenorm"] = "deepnorm"
