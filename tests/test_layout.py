@@ -241,10 +241,19 @@ def test_the_chinese_readme_has_the_same_commands() -> None:
     assert blocks[1] == blocks[0]
 
 
+def headings(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in found]
+    return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in plain}
+
+
 def test_documents_link_to_files_that_exist() -> None:
     for path in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(#[^):]+)?\)", path.read_text(encoding="utf-8")):
+            file = path.parent / target if target else path
+            assert file.exists(), f"{path.name} links to {target}"
+            assert not anchor or anchor[1:] in headings(file), f"{path.name} links to {target}{anchor}"
             assert not (path.parent.name == "docs" and target.startswith("..")), f"{path.name}: {target} is on no site"
 
 

@@ -21,9 +21,11 @@ N_QUERIES = 1024
 N_OUTPUTS = 128
 """Tokens whose output logits are looked at."""
 CHUNK = 64
-"""Queries of a row at a time."""
+"""Queries of a row at a time, at most."""
 MAX_ELEMENTS = 2**25
-"""Of the keys and the scores that exist at a time, in float32: 128 MiB."""
+"""Of the keys and what is made of scores that exist at a time, in float32: 128 MiB, or the keys of one head."""
+N_COPIES = 4
+"""Tensors of the size of the scores that exist at a time."""
 
 
 class Observer:
@@ -54,13 +56,14 @@ class Observer:
             return
         dtype = torch.promote_types(q.dtype, torch.float32)
         (t, g, d), repeats = k.shape[1:], q.shape[2] // k.shape[2]
-        n_groups = max(1, MAX_ELEMENTS // (t * (d + repeats * CHUNK)))
+        n_queries = min(CHUNK, max(1, (MAX_ELEMENTS // t - d) // (N_COPIES * repeats)))
+        n_groups = max(1, MAX_ELEMENTS // (t * (d + N_COPIES * repeats * n_queries)))
         sums, largest = [], []
         for row, queries in enumerate(self._queries):
             for low in range(0, g, n_groups):
                 keys = k[row, :, low : low + n_groups].to(dtype)
                 heads = slice(low * repeats, (low + n_groups) * repeats)
-                for own in queries.split(CHUNK) if len(queries) else ():
+                for own in queries.split(n_queries) if len(queries) else ():
                     of_queries = q[row, own, heads].to(dtype).unflatten(1, (-1, repeats))
                     scores = torch.einsum("tgrd,sgd->grts", of_queries, keys) * scale
                     found, top = _of_scores(scores, own, positions[row, own])

@@ -15,7 +15,8 @@ A matrix goes to its owner and back in two exchanges of all ranks, in rounds who
 owner has it already, and the results alone are sent.
 
 What must stay true: an owner iterates on the whole matrix, in a tensor of its own, one matrix at a time. So the bits of
-a result depend on the matrix alone, and not on the owner, the cuts, or what else is in the message.
+a result depend on the matrix and the device alone, and not on the owner, the cuts, or what else is in the message. On a
+CPU the device includes the number of threads, as for every matrix product: set OMP_NUM_THREADS to compare runs.
 """
 
 from collections.abc import Callable, Collection

@@ -149,8 +149,10 @@ def describe_run(run: Path, config: ResolvedConfig, deepspeed_config: dict[str, 
 def record_start(run: Path, facts: dict[str, Any]) -> None:
     """Add a line to the list of the run's starts: when, by what command, and `facts`."""
     command = " ".join(argument for argument in sys.argv if not argument.startswith("--local_rank"))
-    with open(run / "starts.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.strftime("%F %T"), "command": command} | facts) + "\n")
+    path = run / "starts.jsonl"
+    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")  # a kill has left half a line
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * is_torn + json.dumps({"time": time.strftime("%F %T"), "command": command} | facts) + "\n")
 
 
 def check_not_lost(run: Path, folder: Path | None, ranks: dist.Ranks) -> None:

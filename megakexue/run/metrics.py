@@ -149,6 +149,8 @@ class Metrics:
         """Of applied steps."""
         self._n_lines = 0
         self._times: Counter[str] = Counter()
+        self._times_of_record: Counter[str] = Counter()
+        self._n_steps_of_record = 0
         """Seconds of the parts of the steps since the last line on them."""
         self._all_times: Counter[str] = Counter()
         run.mkdir(parents=True, exist_ok=True)
@@ -212,6 +214,8 @@ class Metrics:
         self._step, self._tokens = record.step, record.tokens
         self._times.update(record.times)
         self._all_times.update(record.times)
+        self._times_of_record.update(record.times)
+        self._n_steps_of_record += 1
         is_bad = record.status != "applied"
         loss = record.loss
         if is_bad:
@@ -221,6 +225,10 @@ class Metrics:
             self._recent.append(loss)
             loss = _mean(self._losses)
         if is_recorded(record.step, record.status, self._every_steps, self._n_steps):
+            times = {part: s / self._n_steps_of_record for part, s in self._times_of_record.items()}
+            record = dataclasses.replace(record, times=times)
+            self._times_of_record.clear()
+            self._n_steps_of_record = 0
             scalars = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "loss_scale", "data_wait_s")
             tags = {f"train/{name}": getattr(record, name) for name in scalars}
             tags |= {f"times/{part}": seconds for part, seconds in record.times.items()}

@@ -54,7 +54,8 @@ class StepRecord:
     sources: dict[str, SourceLoss] = dataclasses.field(default_factory=dict)
     """By name; those that had rows in this step."""
     times: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds of `step_s` by the parts of megakexue/run/clock.py; empty: not known, as in records of older versions."""
+    """Seconds a step by the parts of megakexue/run/clock.py: the mean over the steps since the record before in this
+    start, so that a save is seen whatever `metrics.every_steps` is. Empty: not known, as in older records."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,8 +104,10 @@ def _reads(old: TrainerState, own: TrainerState) -> dict[str, SourceRead]:
     """
     until, read = f" until step {old.step}", dict(own.sources)
     if not old.sources and old.step:
-        number = old.position.epoch * (n_rows := sum(source.n_rows for source in own.sources.values()))
-        of_all = SourceRead(rows=number + old.position.sample, tokens=old.tokens, n_rows=n_rows, synthetic=False)
+        n_rows = sum(source.n_rows for source in own.sources.values())
+        # an epoch of other data had another number of rows, which nothing says
+        rows = old.position.epoch * n_rows + old.position.sample if old.data == own.data else 0
+        of_all = SourceRead(rows=rows, tokens=old.tokens, n_rows=n_rows, synthetic=False)
         return read | {f"all{until}": of_all}
     now = dict(zip(name_sources([source["path"] for source in old.config["data"]["sources"]]), own.sources))
     for name, source in old.sources.items():
@@ -180,7 +182,7 @@ def _asked(old: TrainerState, own: TrainerState, found: Differences, config: Res
         stages = [
             [
                 {key: value for key, value in stage.items() if value is not None}
-                for stage in state.config["data"]["stages"]
+                for stage in state.config["data"].get("stages", [])
             ]
             for state in (old, own)
         ]

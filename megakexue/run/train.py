@@ -396,9 +396,9 @@ def _step(run: _Run) -> None:
     remarks = [] if result.note is None else [f"{result.note}{_culprits(result)}"]
     if result.status == "rolled back":
         remarks = _roll_back(run, result)
-    times, step_s = clock.read(), time.perf_counter() - began
     is_shown = is_recorded(step, result.status, config.metrics.every_steps, config.train.steps)
-    by_source = _by_source(run, data) if is_shown else (math.nan, {})
+    by_source = _by_source(run, data) if is_shown else (math.nan, {})  # waits for the device, which is time of the step
+    times, step_s = clock.read(), time.perf_counter() - began
     rows = []
     if result.note or result.reason_to_stop:
         rows = [data.names(batch) for batch in batches]

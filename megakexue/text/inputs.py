@@ -259,12 +259,13 @@ def beside_data(folder: str, names: list[str]) -> set[str]:
         path = os.path.join(folder, "state.json")
         try:
             files = parse_json(Path(path).read_text(encoding="utf-8"))["_data_files"]
-            tables = {file["filename"] for file in files}
+            tables = {str(file["filename"]) for file in files}
         except (OSError, ValueError, KeyError, TypeError):
             return set()
+        require(bool(tables), f"{path} names no file with rows, and there are some: copy the folder again")
         missing = sorted(tables - set(names))
         require(not missing, f"{path} names {' '.join(missing[:3])}, and there is no such file: copy the folder again")
-        return set(names) - tables
+        return {name for name in set(names) - tables if name.endswith((".arrow", ".json"))}
     if tables and "dataset_info.json" in names:  # a cache
         return set(names) - {name for name in tables if not name.startswith("cache-")}
     return {"dataset_dict.json"} & set(names)

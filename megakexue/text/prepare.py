@@ -36,7 +36,7 @@ from urllib.parse import quote
 import numpy as np
 
 from megakexue.config import UserError, require
-from megakexue.files import new_folder, seal
+from megakexue.files import new_folder, read_json, seal
 from megakexue.text.duplicates import in_valid
 from megakexue.text.inputs import Block, Reading, check_inputs, cut_into_blocks, find_files, ids_in, read_block
 from megakexue.text.ledger import MAX_LINES, MAX_SHOWN, Contents, Ledger
@@ -173,15 +173,33 @@ def check(inputs: list[str], tokenizer: Tokenizer, out: Path, args: PrepareArgum
     )
     if out.exists():
         require(overwrite, f"--out {out} exists: choose another, or add --overwrite")
-        is_written = (out / "manifest.json").is_file() or any(out.glob("*/manifest.json"))
-        ours = out.is_dir() and (is_written or not any(out.iterdir()))
+        ours = out.is_dir() and (is_prepared(out) or not any(out.iterdir()))
         require(ours, f"--out {out} was not written by prepare_data: --overwrite will not remove it")
+        inside = [name for name in inputs if Path(name).resolve().is_relative_to(out.resolve())]
+        require(not inside, f"--overwrite would remove {' '.join(inside[:3])}, which is an INPUT: choose another --out")
     reading = args.reading(tokenizer)
     n_bytes = check_inputs(inputs, reading, out)
     if args.sample_alpha is not None:
         of_ids = next((f.path for f in find_files(inputs) if f.fault is None and ids_in(f.path, reading)), None)
         require(of_ids is None, f"{of_ids} has token ids, which --sample-alpha cannot segment anew: leave it out")
     return n_bytes
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is the output of this program: one set, or a folder for each part and nothing else in it."""
+
+    def manifest(of: Path) -> dict[str, Any]:
+        try:
+            found = read_json(of / "manifest.json", "the manifest of prepared data")
+        except UserError:
+            return {}
+        return found if {"splits", "tokenizer_sha256"} <= found.keys() else {}
+
+    if manifest(folder):
+        return True
+    parts = [manifest(entry) for entry in folder.iterdir() if entry.is_dir()]
+    are_parts = bool(parts) and all(part.get("split_by") or part.get("split_by_length") for part in parts)
+    return are_parts and (folder / "skipped.tsv").is_file()
 
 
 def make_manifest(

@@ -9,6 +9,7 @@ One text that is no UTF-8 costs that row, which needs care: pyarrow would refuse
 import importlib.util
 import json
 import mmap
+import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -17,6 +18,8 @@ from megakexue.config import require
 TABLES = (".parquet", ".arrow")
 ROWS = 256
 """That become lines at a time: rows may be long."""
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""The last bytes of a stream of Arrow that was closed."""
 
 
 def check_table(path: str, kind: str, text_key: str, split_by: str | None) -> None:
@@ -125,7 +128,11 @@ def open_arrow(file: BinaryIO) -> Any:
 
 
 def arrow_batches(file: BinaryIO, size: int) -> Iterator[tuple[Any, int]]:
-    """Yield batches of an Arrow file of at most `ROWS`, each with its share of the bytes."""
+    """Yield batches of an Arrow file of at most `ROWS`, each with its share of the bytes.
+
+    Raises:
+        EOFError: a stream has no mark at its end. To pyarrow, one that was cut between two batches is whole.
+    """
     reader = open_arrow(file)
     batches = reader if hasattr(reader, "read_next_batch") else map(reader.get_batch, range(reader.num_record_batches))
     left = size
@@ -135,3 +142,7 @@ def arrow_batches(file: BinaryIO, size: int) -> Iterator[tuple[Any, int]]:
             share = min(left, part.nbytes)  # in memory they are as long as on the disk
             left -= share
             yield part, share
+    if batches is reader:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(STREAM_END)))
+        if file.read() != STREAM_END:
+            raise EOFError("a stream of Arrow without its end")

@@ -85,6 +85,8 @@ class Index(NamedTuple):
             n_borders > 1 and [int(borders[0]), int(borders[-1])] == [0, n],
             f"{path}: its documents are not all of its {n:,} sequences: {advice}",
         )
+        sound = bool((lengths >= 0).all() and (np.diff(borders) >= 0).all())
+        require(sound, f"{path}: a sequence or a document ends before it begins: {advice}")
         return cls(INDEX_DTYPES[head[17]], lengths, pointers, borders)
 
     def place(self, sequences: np.ndarray, size: int) -> np.ndarray:
@@ -128,6 +130,7 @@ def find_ids(path: str, end_id: int | None, dtype: str) -> TokenFile | None:
     if known := LLM_C_DTYPES.get((head[0], head[1])):
         n, head_bytes = head[2], LLM_C_HEAD
         require(end_id is not None, f"{path} holds token ids: name the one that stands between documents by --end-id")
+        require(n >= 0, f"{path} names {n:,} ids in its head: copy it again")
         dtype = known
     elif end_id is None:
         return None
@@ -171,10 +174,8 @@ def documents_in(file: TokenFile, span: tuple[int, int]) -> Iterator[np.ndarray]
         borders = index.borders[span[0] : span[1] + 1]
         first, last = int(borders[0]), int(borders[-1])
         places = index.place(np.arange(first, last + 1), file.n_ids * width)
-        sound = np.array_equal(np.diff(places), index.lengths[first:last].astype(np.int64) * width)
-        sound = sound and bool((np.diff(borders) >= 0).all())
         require(
-            sound,
+            np.array_equal(np.diff(places), index.lengths[first:last].astype(np.int64) * width),
             f"{file.index_path}: documents {span[0] + 1} to {span[1]} do not lie one behind the other: make it anew",
         )
         edges = places[borders - first] // width

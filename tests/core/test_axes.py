@@ -18,5 +18,7 @@ def test_axis_table_covers_every_parameter_and_matches_its_shape(changes: dict[s
     }
     assert sorted(parameters) == sorted(parameter_names(config))
     roles = {axes(name).role for name in parameters}
-    assert roles == {"matrix", "embedding", "gain"} | ({"bias"} if config.attention.qkv_bias else set())
+    assert roles == {"matrix", "embedding", "gain"} | ({"bias"} if config.attention.qkv_bias else set()) | (
+        set() if config.tie_embeddings else {"head"}
+    )
     assert all(letter in "vmhgdefrpncq" for table in AXES.values() for letter in table.out + table.contracted)

@@ -45,7 +45,8 @@ def test_entropy_is_that_of_a_dense_softmax(dtype: torch.dtype, monkeypatch: pyt
     """Of packed rows, one of which ends in padding and one has no target; they are more than are looked at."""
     monkeypatch.setattr(entropy, "N_QUERIES", 40)
     monkeypatch.setattr(entropy, "CHUNK", 4)
-    monkeypatch.setattr(entropy, "MAX_ELEMENTS", 30 * (8 + 3 * 4))  # one key head at a time
+    # one key head at a time, and of it two queries
+    monkeypatch.setattr(entropy, "MAX_ELEMENTS", 30 * (8 + entropy.N_COPIES * 3 * 2))
     generator = torch.Generator().manual_seed(0)
     q = (3 * torch.randn(5, 30, 6, 8, generator=generator)).to(dtype)
     k = torch.randn(5, 30, 2, 8, generator=generator).to(dtype)

@@ -28,7 +28,8 @@ def make_run(folder: Path, prepared: Prepared, seed: int, *overrides: str, worse
     with Metrics(folder, QUIET, n_steps=max(STEPS), resume_step=0) as metrics:
         for step in STEPS:
             metrics.log_validation(step, 3 + 60 / (step + 10) + worse + noise.gauss(0, SPREAD), 1000)
-    (folder / "config.yaml").write_text(to_yaml(tiny_config(prepared, folder, f"train.seed={seed}", *overrides)))
+    config = tiny_config(prepared, folder, f"train.steps={max(STEPS)}", f"train.seed={seed}", *overrides)
+    (folder / "config.yaml").write_text(to_yaml(config))
     return folder
 
 
@@ -80,8 +81,13 @@ def test_what_makes_no_curve(prepared: Prepared, tmp_path: Path) -> None:
         curve_of("tiny", [*runs, again])
     with pytest.raises(UserError, match=r"differ in more than seeds, such as \['optim.lr 0.02 -> 0.01'\]"):
         curve_of("tiny", [*runs, other])
-    (runs[2] / "metrics.jsonl").write_text((runs[2] / "metrics.jsonl").read_text().rpartition("\n{")[0] + "\n")
+    lines = (runs[2] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs[2] / "metrics.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(UserError, match="validations at other steps"):
+        curve_of("tiny", runs)
+    for run in runs:
+        (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="no finite validation loss at its last step, 120: let it come to its end"):
         curve_of("tiny", runs)
     (other / "config.yaml").write_text("train: {seed: 1}\n")
     with pytest.raises(UserError, match=r"config.yaml lacks \['data.seq_len', .*: it is not the config of a run"):

@@ -275,6 +275,9 @@ def test_times_are_said_with_each_header_and_at_the_end(tmp_path: Path, capsys: 
         (21, "     time  data 50%  forward 50%"), (42, "time        data 20%  forward 80%"),
     ]  # fmt: skip
     assert header_line(70) == lines[0] == lines[22]
+    means = [record.times for record in read_metrics(tmp_path) if isinstance(record, StepRecord)]
+    assert means[1]["saving"] == pytest.approx(0.001) and means[21] == {"forward": 2.0}
+    assert means[0]["data"] == means[19]["data"] == 0.5 and "saving" not in means[-1]
     equal = "backward 14%  reduction 14%  optimizer 14%  saving 14%  other 14%"
     assert times_line(dict.fromkeys(PARTS, 1.0)) == equal
     assert times_line({}) == ""

@@ -64,8 +64,10 @@ def test_a_run_of_an_older_version_has_less(tmp_path: Path) -> None:
 
 
 def test_a_start_is_a_line(tmp_path: Path) -> None:
-    for step in (0, 7):
-        record_start(tmp_path, {"step": step})
-    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    record_start(tmp_path, {"step": 0})
+    with open(tmp_path / "starts.jsonl", "a") as file:
+        file.write('{"time": "a kill has torn th')
+    record_start(tmp_path, {"step": 7})
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()[::2]]
     assert [start.keys() for start in starts] == [{"time", "command", "step"}] * 2
     assert [start["step"] for start in starts] == [0, 7]

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,6 +433,15 @@ def test_overwrite(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was not written by prepare_data: --overwrite will not remove it"):
         prepare(inputs, model, home, arguments(), processes=1, overwrite=True)
     assert (home / "thesis.txt").read_text() == "years of work"
+    prepare(inputs, model, home / "set", arguments(seq_len=4), processes=1)  # what lies above a set is not one
+    with pytest.raises(UserError, match="home was not written by prepare_data: --overwrite will not remove it"):
+        prepare(inputs, model, home, arguments(), processes=1, overwrite=True)
+    shutil.copy(tmp_path / "a.txt", out)
+    with pytest.raises(
+        UserError, match=r"--overwrite would remove .*out/a.txt, which is an INPUT: choose another --out"
+    ):
+        prepare([str(out / "a.txt")], model, out, arguments(), processes=1, overwrite=True)
+    assert documents_in(out) == ["second"] and documents_in(home / "set") == ["second"]
 
 
 def test_two_runs_for_one_folder(model: Path, tmp_path: Path) -> None:

@@ -55,6 +55,41 @@ def test_folders_of_datasets_come_back_whole(model: Path, tmp_path: Path) -> Non
         prepare([str(data)], model, out, arguments(), processes=1, overwrite=True)
 
 
+def test_a_description_that_is_wrong_is_refused(model: Path, tmp_path: Path) -> None:
+    data = save_to_disk(tmp_path / "set", [TEXTS[:5]])
+    for files, message in (([], "names no file with rows"), ([{"filename": 5}], "names 5, and there is no such file")):
+        (data / "state.json").write_text(json.dumps({"_data_files": files}))
+        with pytest.raises(UserError, match=rf"state\.json {message}.*: copy the folder again"):
+            prepare([str(data)], model, tmp_path / "out", arguments(), processes=1)
+
+
+def test_lines_beside_a_data_set_are_read(model: Path, tmp_path: Path) -> None:
+    data, out = save_to_disk(tmp_path / "set", [TEXTS[:5]]), tmp_path / "out"
+    (data / "more.jsonl").write_text(json.dumps({"text": TEXTS[5]}) + "\n")
+    prepare([str(data)], model, out, arguments(), processes=1)
+    assert documents_in(out) == TEXTS[:6]
+
+
+def test_a_stream_that_was_cut_between_batches_is_listed(model: Path, tmp_path: Path) -> None:
+    """To pyarrow it is whole."""
+    path, out = tmp_path / "cut.arrow", tmp_path / "out"
+    write_arrow(path, [*TEXTS[:600]])
+    whole = path.read_bytes()
+    sizes = []
+    for size in range(len(whole) - 8, 0, -8):
+        try:
+            with pyarrow.ipc.open_stream(pyarrow.py_buffer(whole[:size])) as reader:
+                sizes.append((size, reader.read_all().num_rows))
+        except (OSError, pyarrow.ArrowException):
+            continue
+    assert {n for _, n in sizes} >= {300, 600}
+    size = next(size for size, n in sizes if n == 300)
+    path.write_bytes(whole[:size])
+    prepare([str(path)], model, out, arguments(), processes=1)
+    assert documents_in(out) == TEXTS[:300]
+    assert (out / "skipped.tsv").read_text().startswith(f"damaged\t{path}")
+
+
 def test_a_cache_and_arrow_with_an_index(model: Path, tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
     cache.mkdir()

@@ -157,10 +157,20 @@ def test_what_is_refused(prepared: Prepared, tmp_path: Path) -> None:
         (whole[:-8] + struct.pack("<q", 2), r"good\.idx: its documents are not all of its 3 sequences"),
         (whole[:34] + struct.pack("<i", 5) + whole[38:], r"good\.bin has 10 bytes, and the 8 ids that its \.idx names"),
         (whole[:34] + struct.pack("<3i", 3, 0, 2) + whole[46:], r"good\.idx: documents 1 to 2 do not lie one behind"),
+        (
+            whole[:34] + struct.pack("<3i", 8, -5, 2) + whole[46:],
+            r"good\.idx: a sequence or a document ends before it b",
+        ),
+        (
+            whole[:-16] + struct.pack("<q", -10) + whole[-8:],
+            r"good\.idx: a sequence or a document ends before it begins",
+        ),
     ):
         index.write_bytes(data)
         refused(message, good)
     index.write_bytes(whole)
+    (tmp_path / "c.bin").write_bytes(struct.pack("<3i", 20240520, 1, -10).ljust(1004, b"\0"))
+    refused(r"c\.bin names -10 ids in its head: copy it again", tmp_path / "c.bin", end_id=2)
     good.unlink()
     refused(r"good\.idx: there is no .*good\.bin, which has its ids: copy both", index)
 
