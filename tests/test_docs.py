@@ -26,8 +26,10 @@ REASONS = ("needs a cluster", "needs a GPU", "needs files of others", "needs a b
            "needs namespaces", "takes minutes", "takes an hour", "is what these tests run in")  # fmt: skip
 SMALLER = {
     **{f"--vocab-size {n}": "--vocab-size 512" for n in (4096, 8192, 32768)},
-    "--n-tokens 60": "--n-tokens 4", "--split-by-length 4096": "--split-by-length 256",
-}  # fmt: skip
+    "--lengths 4096,16384,65536 --seeds 20": "--lengths 64,128 --seeds 2",
+    "--n-tokens 60": "--n-tokens 4",
+    "--split-by-length 4096": "--split-by-length 256",
+}
 """Options of programs, in their place."""
 TRAINING = ["train.steps=2", "optim.warmup_steps=1", "train.global_batch_size=2", "train.micro_batch_size=1",
             "evaluate.every_steps=null", "metrics.peak_tflops=1"]  # fmt: skip

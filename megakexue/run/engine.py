@@ -84,7 +84,7 @@ class StepResult:
     """Where statistics were asked for: see `Optimizer.n_drifting_rows`."""
     attention: list[AttentionStatistics] = field(default_factory=list)
     """Where asked for, by layer."""
-    largest_logit: float = math.nan
+    largest_logit: float | None = None
     """Where asked for: of the output."""
 
     @property

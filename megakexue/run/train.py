@@ -408,7 +408,7 @@ def _step(run: _Run) -> None:
         for remark in remarks:
             run.metrics.message(f"WARNING: {remark}")
         if result.statistics is not None:
-            logits = result.attention, result.largest_logit
+            logits = result.attention, math.nan if result.largest_logit is None else result.largest_logit
             run.metrics.log_statistics(statistics_record(step, result.statistics, result.n_drifting_rows, *logits))
     if run.profiler and (said := run.profiler.after(step)):
         run.say(said)

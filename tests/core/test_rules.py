@@ -29,12 +29,14 @@ def kernel_arguments(kernel: str, rows: int, width: int, dtypes: tuple[torch.dty
         "_tiger_absorb": [momentum, gradient, rate > 0.5, torch.where(decay > 0, beta, 1.0), scale],
         "_tiger_apply": [theta, weights, momentum, rate, decay],
         "_lion": [theta, weights, momentum, gradient, rate, decay, beta, scale, beta2, scale2],
+        "_muon_direction": [momentum.float(), gradient, beta, scale],
+        "_muon": [theta, weights, momentum.float(), rate, decay, scale2],
         "squares": [theta],
     }
     return arguments[kernel]
 
 
-KERNELS = ("_tiger", "_tiger_absorb", "_tiger_apply", "_lion", "squares")
+KERNELS = ("_tiger", "_tiger_absorb", "_tiger_apply", "_lion", "_muon_direction", "_muon", "squares")
 LAYOUTS = [(1, CHUNK - 1), (1, CHUNK), (1, 3 * CHUNK + 5), (700, 300), (3, CHUNK + 7), (CHUNK + 3, 2), (5, 6), (1, 1)]
 HALF = (torch.bfloat16, torch.bfloat16)
 
@@ -43,10 +45,18 @@ def at_once(kernel: str, arguments: list[Any]) -> tuple[list[Any], Tensor | None
     """Return the arguments and the result of a kernel, by the formula on whole tensors, not by the kernels' code."""
     if kernel == "squares":
         return arguments, (arguments[0].double() ** 2).sum(-1)
+    if kernel == "_muon_direction":
+        m, g, beta, scale = arguments
+        new_m = beta * m + scale * g.float()
+        return [new_m, *arguments[1:]], beta * new_m + scale * g.float()
     if kernel == "_tiger_absorb":
         m, g, ok, beta, scale = arguments
         return [torch.where(ok, beta * m.float() + scale * g.float(), m.float()).to(m.dtype), *arguments[1:]], None
     theta, weights, m, *_ = arguments
+    if kernel == "_muon":
+        *_, rate, decay, scale = arguments
+        new = theta - (scale * m + decay * theta) * rate
+        return [new, None if weights is None else new.to(weights.dtype), *arguments[2:]], None
     if kernel == "_lion":
         *_, g, rate, decay, beta1, scale1, beta2, scale2 = arguments
         direction, new_m = beta1 * m.float() + scale1 * g.float(), beta2 * m.float() + scale2 * g.float()
@@ -73,7 +83,9 @@ def compare_kernels(n_elements: int, layouts: list[tuple[int, int]]) -> str:
         for got, expected in zip(arguments, left, strict=True):
             assert (got is None and expected is None) or torch.equal(got, expected), where
         assert (result is None) == (total is None), where
-        if total is not None:
+        if kernel == "_muon_direction":
+            assert torch.equal(result, total), where
+        elif total is not None:
             assert result.shape == (rows,) and result.dtype == torch.float64, where
             assert torch.allclose(result, total, rtol=1e-12, atol=0), where
     return reason

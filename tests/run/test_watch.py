@@ -117,10 +117,13 @@ def test_a_process_alone_reports_its_stalls(tmp_path: Path) -> None:
 
 def test_a_mark_costs_nothing() -> None:
     with Watch(Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1), 30.0) as watch:
-        began = time.perf_counter()
-        for _ in range(20_000):
-            watch.mark("micro-batch", " 1 of 2")
-        assert (time.perf_counter() - began) / 20_000 < 50e-6  # it takes 1, and a step of the smallest model 10,000
+        took = []
+        for _ in range(10):  # in the best of ten nothing else is on the machine
+            began = time.perf_counter()
+            for _ in range(2_000):
+                watch.mark("micro-batch", " 1 of 2")
+            took.append((time.perf_counter() - began) / 2_000)
+        assert min(took) < 50e-6  # it takes 1, and a step of the smallest model 10,000
 
 
 # --- real ranks ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ example:
 """
 OUT = Path("runs/chinese_words")
 SEEDS = (0, 1)
-STEPS = 2000
+STEPS = 1500
 KINDS = {"plain": (), "words": ("--chinese-words",)}
 """Options of tools/train_tokenizer.py, by the name of the tokenizer."""
 COMPRESSED = (("unigram", 8192), ("unigram", 16384), ("bpe", 8192), ("bpe", 16384))
@@ -72,8 +72,8 @@ def training(name: str, seed: int, steps: int) -> Run:
     overrides = (
         f"data.sources=[{{path: {OUT}/{name}}}]", f"data.tokenizer={OUT}/{name}_{kind}_{size}.model",
         f"model.vocab_size={size}", f"train.steps={steps}", "train.global_batch_size=4", f"train.seed={seed}",
-        f"data.shuffle_seed={seed}", "optim.name=adamw", "optim.lr=3e-3", "checkpoint.every_steps=500",
-        f"evaluate.every_steps={steps}", "evaluate.n_rows=4096", "metrics.every_steps=50",
+        f"data.shuffle_seed={seed}", "model.residual=prenorm", "optim.name=adamw", "optim.lr=3e-3",
+        "checkpoint.every_steps=500", f"evaluate.every_steps={steps}", "evaluate.n_rows=4096", "metrics.every_steps=50",
         "metrics.statistics_every_steps=null", "metrics.tensorboard=false",
     )  # fmt: skip
     return Run(name=f"{name}_{steps}_{seed}", overrides=overrides)
