@@ -113,15 +113,18 @@ def world(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shorter(command: list[str]) -> list[str]:
     """The same command on a small model."""
-    if "prepare_data" in command[0] and "--valid-fraction" not in command:
+    if "prepare_data" in command[0]:
         return [*command, "--valid-fraction", "0.2"]  # of few documents
+    if "configs/tiny_grown.yaml" in command and "grow_model" in command[0]:
+        return [*command, "data.seq_len=64", "model.vocab_size=512"]
     if command[0] != "launch/train.py" and "inject_faults" not in command[0]:
         return [*command, *(["--n-rows", "2"] if "--by-position" in command else [])]
     config, *overrides = command[1:]
     trained = "tiny_2048" in config or "tiny_grown" in config
     length = [] if "tiny_2048" in config else ["data.seq_len=64"]
     steps = ["train.steps=24"] if "inject_faults" in command[0] else []  # more than faults
-    small = [] if trained else [*SMALL, "model.vocab_size=512"]
+    steps += ["evaluate.every_steps=2"] if config == "configs/10m.yaml" else []  # for the comparison that follows
+    small = [*([] if trained else SMALL), *([] if "tiny_2048" in config else ["model.vocab_size=512"])]
     return [command[0], config, *overrides, *TRAINING, *length, *steps, *small]
 
 

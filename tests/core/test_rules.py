@@ -84,7 +84,7 @@ def compare_kernels(n_elements: int, layouts: list[tuple[int, int]]) -> str:
             assert (got is None and expected is None) or torch.equal(got, expected), where
         assert (result is None) == (total is None), where
         if kernel == "_muon_direction":
-            assert torch.equal(result, total), where
+            assert total is not None and torch.equal(result, total), where
         elif total is not None:
             assert result.shape == (rows,) and result.dtype == torch.float64, where
             assert torch.allclose(result, total, rtol=1e-12, atol=0), where
