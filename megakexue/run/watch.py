@@ -373,7 +373,7 @@ class Watch:
                 self._n_heard += 1
             if self._store.check([f"stall/{self._n_stalls}"]):
                 self._n_stalls += 1
-                self._dump()
+                self._dump(self._place)
 
     def _read(self) -> dict[int, bytes]:
         return dict(enumerate(self._store.multi_get(self._beats())))
@@ -395,11 +395,12 @@ class Watch:
         found = find_stall(self._seen, self._clock, self._stall_s, self._longest)
         if found and self._stalled_since is None:
             self._stalled_since, text = found
+            place = self._place  # to tell it may take a while
             self._tell(f"WARNING: {text}; {self._where_stacks_are()}")
             if not self._is_alone:
                 self._store.set(f"stall/{self._n_stalls}", "")
             self._n_stalls += 1
-            self._dump()
+            self._dump(place)
         elif not found and self._stalled_since is not None:
             self._tell(f"goes on after {self._clock - self._stalled_since:.0f} s")
             self._stalled_since = None
@@ -415,13 +416,13 @@ class Watch:
         if log.handlers:  # without any, Python would print it
             _aside(lambda: log.warning("%s", text.removeprefix("WARNING: ")))
 
-    def _dump(self) -> None:
-        _aside(self._write_stacks)
+    def _dump(self, place: str) -> None:
+        _aside(lambda: self._write_stacks(place))
 
-    def _write_stacks(self) -> None:
+    def _write_stacks(self, place: str) -> None:
         with suppress(OSError, ValueError):  # a full disk; a log that the main thread has just closed
             if self._log:
-                line = f"{time.strftime('%F %T')} stalled at {self._place}; the stacks of all threads:\n"
+                line = f"{time.strftime('%F %T')} stalled at {place}; the stacks of all threads:\n"
                 self._log.write(line.encode())
                 faulthandler.dump_traceback(file=self._log)
 
